@@ -1,0 +1,254 @@
+"""The configuration: typed dataclasses, and the only home of every default.
+
+A recipe in `configs/` returns a `Config`; flags override single fields (`--config.optimizer.name=
+lion`); `Config.validate` then checks what can be checked before any data or device is touched. This
+file imports nothing heavy, so that `--help` stays fast.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from lm_jax.errors import UserError
+
+field = dataclasses.field
+
+
+def resumable(default: Any) -> Any:
+    """A field that may differ when a run is resumed: it changes what is reported, how long the run
+    is or where it runs, but not what an already configured run has learned."""
+    return field(default=default, metadata={"resumable": True})
+
+
+def choice(default: str, *others: str) -> Any:
+    """A string field that takes `default` or one of `others`."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+@dataclasses.dataclass
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the length a model was trained at."""
+
+    kind: str = choice("none", "linear", "llama3")
+    factor: float = 1.0  # how many times longer than the original length
+    low_frequency_factor: float = 1.0  # llama3: below this many turns, fully stretched
+    high_frequency_factor: float = 4.0  # llama3: above this many turns, untouched
+    original_length: int = 8192  # llama3: the length trained at
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """The Transformer. The defaults are GPT-2 124M's (Radford et al. 2019)."""
+
+    vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 128
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    kv_heads: int | None = None  # None: as many as heads; fewer is grouped-query attention
+    head_width: int | None = None  # None: width / heads
+    mlp_width: int | None = None  # None: 4 x width
+    max_length: int = 1024  # the longest sequence, in tokens
+    causal: bool = True  # False: every token sees the whole of its document
+    norm: str = choice("layernorm", "rmsnorm")
+    norm_epsilon: float = 1e-5
+    norm_placement: str = choice("pre", "post")  # post: after each residual sum, as BERT
+    position: str = choice("learned", "rope")
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    activation: str = choice("gelu_tanh", "gelu", "silu", "relu", "relu_squared")
+    gated_mlp: bool = False  # True: activation(gate) * up, as SwiGLU (Shazeer 2020)
+    attention_bias: bool = True  # biases of the query, key, value and output projections
+    mlp_bias: bool = True
+    norm_bias: bool = True  # layernorm only
+    qk_norm: bool = False  # RMS norm over the head width of queries and keys, before RoPE
+    tied_head: bool = True  # the head shares the token embedding
+    init_std: float = 0.02
+    dropout: float = 0.0  # on the embedding, each residual branch and the attention weights
+    dtype: str = resumable("bfloat16")  # compute; parameters stay float32
+    remat: str = resumable("none")  # see lm_jax.model.transformer.REMAT_POLICIES
+    scan_layers: bool = resumable(True)  # False unrolls; the parameters are stacked either way
+    attention: str = field(
+        default="auto", metadata={"choices": ("auto", "xla", "cudnn"), "resumable": True}
+    )
+
+
+@dataclasses.dataclass
+class TokenizerConfig:
+    """Which tokenizer, and how it is trained where it is not there yet."""
+
+    kind: str = choice("sentencepiece", "bytes", "characters", "file")
+    path: str = ""  # kind 'file': a SentencePiece .model, a tokenizer.json, or a folder of one
+    vocab_size: int = 8192  # sentencepiece: pieces to learn
+    algorithm: str = choice("bpe", "unigram")  # sentencepiece
+    train_bytes: int = 10_000_000  # text to learn from, spread evenly over the training documents
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """From text to packed rows."""
+
+    sources: tuple[str, ...] = ()  # paths, folders, globs, 'python:' or 'tfds:NAME[/CONFIG]'
+    weights: tuple[float, ...] = ()  # one a source: its share of the documents; (): by size
+    validation_sources: tuple[str, ...] = ()  # (): split off from `sources`
+    validation_split: str = choice("document", "tail")  # tail: the end of each document
+    validation_fraction: float = 0.01
+    document: str = choice("file", "paragraph", "line")  # what one document is in a text file
+    text_key: str = "text"  # the field of JSONL, Parquet and TFDS records
+    on_error: str = choice("raise", "skip")  # a record that cannot be read; skipped ones are counted
+    length: int = 1024  # tokens a row
+    batch_size: int = 8  # rows a step, over all hosts and micro-batches
+    packing: str = choice("first_fit", "concatenate", "crop")
+    packing_bins: int = 32  # first_fit: rows open at a time, in each lane
+    attend_across_documents: bool = False
+    shuffle: bool = True
+    epochs: int | None = None  # None: as many as the steps need
+    lanes: int | None = None  # independent streams; None: the largest divisor of batch_size to 16
+    workers: int = resumable(0)  # processes that read ahead; 0 reads in a thread
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """The update rule and its schedule."""
+
+    name: str = choice("adamw", "adafactor", "lion", "muon")
+    learning_rate: float = 6e-4  # the peak
+    schedule: str = choice("cosine", "linear", "rsqrt", "wsd", "constant")
+    warmup_steps: int = 100
+    decay_steps: int | None = None  # wsd: steps of the final decay; others: total. None: see README
+    final_fraction: float = 0.1  # of the peak, at the end of cosine, linear and wsd
+    b1: float = 0.9  # adamw and lion; adam's part of muon
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1  # times the learning rate, on the weights that `decays` names
+    clip_norm: float = 1.0  # global gradient norm; 0 turns clipping off
+    muon_momentum: float = 0.95
+    muon_learning_rate: float = 0.02  # of the matrices; `learning_rate` is for all the rest
+
+
+@dataclasses.dataclass
+class TrainingConfig:
+    """The loop."""
+
+    steps: int = resumable(1000)
+    seed: int = 0
+    accumulation: int = 1  # micro-batches a step
+    z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, section 5)
+    loss_chunk: int | None = resumable(None)  # positions whose logits exist at a time; None: by size
+    evaluate_every: int = resumable(250)  # steps; 0: never
+    evaluate_batches: int | None = resumable(None)  # None: the whole validation split
+    evaluate_batch_size: int | None = resumable(None)  # rows; None: data.batch_size
+    sample_every: int = resumable(0)  # steps; 0: at the start and at the end
+    sample_prompt: str = resumable("")
+    sample_tokens: int = resumable(0)  # 0: no samples
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Devices along each named axis. One axis may be -1: it takes the devices that are left."""
+
+    data: int = resumable(-1)  # copies of the model, each with a part of the batch
+    fsdp: int = resumable(1)  # parts of the batch that also share the parameters out
+    tensor: int = resumable(1)  # parts of each layer's heads and feed-forward
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    every: int = resumable(500)  # steps; 0: only at the end
+    keep: int = resumable(2)  # the newest so many
+    keep_every: int | None = resumable(None)  # and each multiple of so many steps, for good
+
+
+@dataclasses.dataclass
+class LoggingConfig:
+    every: int = resumable(10)  # steps
+    tensorboard: bool = resumable(True)
+    wandb: str = resumable("")  # project; needs the extra: pip install 'lm_jax[wandb]'
+    profile_steps: tuple[int, ...] = resumable(())  # (first, last): a trace into WORKDIR/profile
+
+
+@dataclasses.dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    init_from: str = ""  # a workdir whose weights and tokenizer this run starts from
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """Yields (dotted key, value, field) for every leaf of a config."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value, f
+
+
+def nearest_key(key: str) -> str | None:
+    """The config key that `key` was most likely meant to be."""
+    keys = [k for k, _, _ in walk(Config())]
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    # A right name in a wrong section: 'model.learning_rate' means 'optimizer.learning_rate'.
+    leaf = difflib.get_close_matches(
+        key.rpartition(".")[2], [k.rpartition(".")[2] for k in keys], n=1, cutoff=0.75
+    )
+    return next((k for k in keys if leaf and k.rpartition(".")[2] == leaf[0]), None)
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, where: str = "config.json") -> Config:
+    """The config that `to_json` wrote.
+
+    Raises:
+      UserError: the text is no JSON, or names a key that this version does not have.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{where}:{e.lineno}: not JSON: {e.msg}") from None
+    return _from_dict(Config, values, where, "")
+
+
+def _from_dict(kind: type, values: Any, where: str, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: '{prefix.rstrip('.')}' must be a section, not {values!r}")
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    out = kind()
+    for name, value in values.items():
+        if name not in known:
+            hint = nearest_key(prefix + name)
+            raise UserError(
+                f"{where}: no config key '{prefix}{name}'"
+                + (f"; did you mean '{hint}'?" if hint else "")
+            )
+        current = getattr(out, name)
+        if dataclasses.is_dataclass(current):
+            value = _from_dict(type(current), value, where, f"{prefix}{name}.")
+        elif isinstance(current, tuple):
+            value = tuple(value)
+        setattr(out, name, value)
+    return out
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Lines 'key: old -> new' for each field that must not change when a run is resumed."""
+    before = {k: v for k, v, _ in walk(old)}
+    return [
+        f"{k}: {before[k]!r} -> {v!r}"
+        for k, v, f in walk(new)
+        if before[k] != v and not f.metadata.get("resumable")
+    ]

@@ -1,0 +1,179 @@
+"""Checks on a config that need neither data nor devices, and the values it leaves to be derived."""
+
+import math
+
+from lm_jax.config import Config, walk
+from lm_jax.errors import UserError
+
+
+def validate(config: Config) -> Config:
+    """Checks `config`, fills in its derived fields, and returns it.
+
+    Raises:
+      UserError: a line for each field that is wrong, with its key.
+    """
+    wrong = _choices(config)
+    if not wrong:
+        _derive(config)
+        wrong = [f"{key}: {why}" for ok, key, why in _checks(config) if not ok]
+    if wrong:
+        raise UserError("the config is not usable:\n  " + "\n  ".join(wrong))
+    return config
+
+
+def _choices(config: Config) -> list[str]:
+    wrong = []
+    for key, value, field in walk(config):
+        allowed = field.metadata.get("choices")
+        if allowed and value not in allowed:
+            wrong.append(f"{key}: '{value}' is none of {', '.join(allowed)}")
+    return wrong
+
+
+def _derive(config: Config) -> None:
+    model, data, training = config.model, config.data, config.training
+    if model.kv_heads is None:
+        model.kv_heads = model.heads
+    if model.head_width is None and model.heads > 0:
+        model.head_width = model.width // model.heads
+    if model.mlp_width is None:
+        model.mlp_width = 4 * model.width
+    if data.lanes is None and data.batch_size > 0:
+        data.lanes = max(n for n in range(1, 17) if data.batch_size % n == 0)
+    if training.evaluate_batch_size is None:
+        training.evaluate_batch_size = data.batch_size
+
+
+def _checks(config: Config):
+    """Yields (holds, key, what to do) in an order in which earlier ones make later ones safe."""
+    model, data, optimizer = config.model, config.data, config.optimizer
+    training, mesh = config.training, config.mesh
+    positive = {
+        "model.layers": model.layers,
+        "model.width": model.width,
+        "model.heads": model.heads,
+        "model.kv_heads": model.kv_heads,
+        "model.head_width": model.head_width,
+        "model.mlp_width": model.mlp_width,
+        "model.max_length": model.max_length,
+        "tokenizer.vocab_size": config.tokenizer.vocab_size,
+        "tokenizer.train_bytes": config.tokenizer.train_bytes,
+        "data.length": data.length,
+        "data.batch_size": data.batch_size,
+        "data.packing_bins": data.packing_bins,
+        "data.lanes": data.lanes,
+        "training.steps": training.steps,
+        "training.accumulation": training.accumulation,
+        "training.evaluate_batch_size": training.evaluate_batch_size,
+        "logging.every": config.logging.every,
+        "checkpoint.keep": config.checkpoint.keep,
+    }
+    for key, value in positive.items():
+        yield (value or 0) > 0, key, f"must be at least 1, not {value}"
+    if any((value or 0) <= 0 for value in positive.values()):
+        return
+    for key, value, _ in walk(config):
+        if isinstance(value, float):
+            yield math.isfinite(value), key, f"must be a finite number, not {value}"
+
+    yield (
+        model.heads % model.kv_heads == 0,
+        "model.kv_heads",
+        f"{model.kv_heads} does not divide model.heads = {model.heads}",
+    )
+    yield (
+        config.model.head_width * model.heads == model.width or model.head_width > 0,
+        "model.head_width",
+        "give it, or a width that the heads divide",
+    )
+    yield (
+        model.position != "rope" or model.head_width % 2 == 0,
+        "model.head_width",
+        f"rotary positions need an even width, not {model.head_width}",
+    )
+    yield 0 <= model.dropout < 1, "model.dropout", f"must be in [0, 1), not {model.dropout}"
+    yield (
+        model.dtype in ("bfloat16", "float32"),
+        "model.dtype",
+        f"'{model.dtype}' is none of bfloat16, float32",
+    )
+    yield (
+        data.length <= model.max_length,
+        "data.length",
+        f"{data.length} tokens a row, but model.max_length = {model.max_length}",
+    )
+    yield (
+        model.vocab_size is None or model.vocab_size > 0,
+        "model.vocab_size",
+        f"must be at least 1, not {model.vocab_size}",
+    )
+    yield bool(data.sources), "data.sources", "name at least one file, folder, glob or data set"
+    yield (
+        not data.weights or len(data.weights) == len(data.sources),
+        "data.weights",
+        f"{len(data.weights)} weights for {len(data.sources)} sources",
+    )
+    yield all(w > 0 for w in data.weights), "data.weights", "each must be above 0"
+    yield (
+        not data.weights or data.epochs is None,
+        "data.epochs",
+        "a weighted mixture has no epochs: drop data.weights, or set training.steps instead",
+    )
+    yield (
+        not data.weights or data.packing != "crop",
+        "data.weights",
+        "packing 'crop' draws from all text alike: drop the weights or pack otherwise",
+    )
+    yield data.epochs is None or data.epochs > 0, "data.epochs", "must be at least 1"
+    yield (
+        data.packing != "crop" or data.epochs is None,
+        "data.epochs",
+        "packing 'crop' draws at random and has no epochs: set training.steps instead",
+    )
+    yield (
+        0 < data.validation_fraction < 1,
+        "data.validation_fraction",
+        f"must be above 0 and below 1, not {data.validation_fraction}",
+    )
+    yield (
+        data.batch_size % data.lanes == 0,
+        "data.lanes",
+        f"{data.lanes} does not divide data.batch_size = {data.batch_size}",
+    )
+    yield data.workers >= 0, "data.workers", f"must be at least 0, not {data.workers}"
+    yield (
+        data.workers == 0 or data.lanes % data.workers == 0,
+        "data.workers",
+        f"{data.workers} does not divide data.lanes = {data.lanes}",
+    )
+    yield (
+        config.tokenizer.kind != "file" or bool(config.tokenizer.path) or bool(config.init_from),
+        "tokenizer.path",
+        "kind 'file' needs the path of a tokenizer",
+    )
+    yield (
+        data.batch_size % training.accumulation == 0,
+        "training.accumulation",
+        f"{training.accumulation} does not divide data.batch_size = {data.batch_size}",
+    )
+    yield (
+        training.loss_chunk is None
+        or (training.loss_chunk > 0 and data.length % training.loss_chunk == 0),
+        "training.loss_chunk",
+        f"{training.loss_chunk} does not divide data.length = {data.length}",
+    )
+    yield optimizer.learning_rate > 0, "optimizer.learning_rate", "must be above 0"
+    yield optimizer.clip_norm >= 0, "optimizer.clip_norm", "must be at least 0"
+    yield optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "must be at least 0"
+    axes = (mesh.data, mesh.fsdp, mesh.tensor)
+    yield (
+        all(n == -1 or n > 0 for n in axes) and axes.count(-1) <= 1,
+        "mesh",
+        f"data, fsdp, tensor = {axes}: each at least 1, and at most one of them -1",
+    )
+    profile = config.logging.profile_steps
+    yield (
+        len(profile) == 0 or (len(profile) == 2 and 0 < profile[0] <= profile[1]),
+        "logging.profile_steps",
+        f"must be (first, last), not {profile}",
+    )
