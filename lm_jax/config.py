@@ -27,7 +27,7 @@ def choice(default: str, *others: str) -> Any:
     return field(default=default, metadata={"choices": (default, *others)})
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(unsafe_hash=True)  # hashable: part of the static side of jitted code
 class RopeScaling:
     """How rotary frequencies are stretched beyond the length a model was trained at."""
 
@@ -38,7 +38,7 @@ class RopeScaling:
     original_length: int = 8192  # llama3: the length trained at
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
     """The Transformer. The defaults are GPT-2 124M's (Radford et al. 2019)."""
 
@@ -96,7 +96,9 @@ class DataConfig:
     validation_fraction: float = 0.01
     document: str = choice("file", "paragraph", "line")  # what one document is in a text file
     text_key: str = "text"  # the field of JSONL, Parquet and TFDS records
-    on_error: str = choice("raise", "skip")  # a record that cannot be read; skipped ones are counted
+    on_error: str = choice(
+        "raise", "skip"
+    )  # a record that cannot be read; skipped ones are counted
     length: int = 1024  # tokens a row
     batch_size: int = 8  # rows a step, over all hosts and micro-batches
     packing: str = choice("first_fit", "concatenate", "crop")
@@ -135,7 +137,9 @@ class TrainingConfig:
     seed: int = 0
     accumulation: int = 1  # micro-batches a step
     z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, section 5)
-    loss_chunk: int | None = resumable(None)  # positions whose logits exist at a time; None: by size
+    loss_chunk: int | None = resumable(
+        None
+    )  # positions whose logits exist at a time; None: by size
     evaluate_every: int = resumable(250)  # steps; 0: never
     evaluate_batches: int | None = resumable(None)  # None: the whole validation split
     evaluate_batch_size: int | None = resumable(None)  # rows; None: data.batch_size

@@ -1,0 +1,112 @@
+"""What every entry point shares: the config flag, and errors that are messages, not tracebacks."""
+
+import ast
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from lm_jax.config import Config, nearest_key, walk
+from lm_jax.errors import UserError
+
+flags.disclaim_key_flags()  # a flag defined here belongs, in --help, to the entry point that asked
+
+
+def define_config_flag() -> flags.FlagHolder:
+    keys = "\n".join(f"  --config.{key}={value!r}" for key, value, _ in walk(Config()))
+    return config_flags.DEFINE_config_file(
+        "config",
+        help_string="A recipe, FILE.py or FILE.py:ARG, whose get_config(ARG) returns an"
+        " lm_jax.config.Config. Single fields can be overridden; the keys with their defaults:\n"
+        + keys,
+        lock_config=False,
+    )
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs `main` as `absl.app.run` does; a UserError ends the process with its message."""
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument '{argv[1]}': flags are --name=value")
+            main(argv)
+        except UserError as e:
+            _fail(str(e))
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def config_of(flag: flags.FlagHolder) -> Config:
+    """The config that the command line names.
+
+    Raises:
+      UserError: there is none, it could not be read, or it is not a Config.
+    """
+    if flag.value is None:
+        raise UserError("which recipe? give --config=FILE.py, as in --config=configs/quickstart.py")
+    if not isinstance(flag.value, Config):
+        raise UserError(
+            "--config: not a readable recipe, or its get_config() did not return an"
+            f" lm_jax.config.Config but {type(flag.value).__name__}"
+        )
+    return flag.value
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    known = {key: value for key, value, _ in walk(Config())}
+    try:
+        return flags.FLAGS([_checked(arg, argv, known) for arg in argv])
+    except UserError as e:
+        _fail(str(e))
+    except flags.UnrecognizedFlagError as e:
+        near = difflib.get_close_matches(e.flagname, list(flags.FLAGS), n=1)
+        hint = f"; did you mean '--{near[0]}'?" if near else ""
+        _fail(f"no flag '--{e.flagname}'{hint} (--help lists them)")
+    except Exception as e:  # whatever a recipe raises, and absl's own complaints
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+        _fail(lines[-1] if lines else repr(e))
+
+
+def _checked(arg: str, argv: list[str], known: dict) -> str:
+    """Checks a flag that is about the config, and returns it in the form that absl parses."""
+    if match := re.fullmatch(r"--?config=([^:]*)(:.*)?", arg):
+        path = match[1]
+        if not os.path.isfile(path):
+            folder = os.path.dirname(path) or "."
+            names = os.listdir(folder) if os.path.isdir(folder) else []
+            near = difflib.get_close_matches(os.path.basename(path), names, n=1)
+            hint = f"; did you mean '{os.path.join(folder, near[0])}'?" if near else ""
+            raise UserError(f"--config: there is no recipe '{path}'{hint}")
+    if match := re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", arg, re.DOTALL):
+        key, value = match.groups()
+        if "config" in flags.FLAGS and not any(re.match(r"--?config(=|$)", a) for a in argv):
+            raise UserError(f"{arg}: give the recipe first, with --config=FILE.py")
+        if key not in known:
+            if any(k.startswith(key + ".") for k in known):
+                raise UserError(f"'{key}' is a section of the config: set one of its keys")
+            near = nearest_key(key)
+            raise UserError(
+                f"no config key '{key}'" + (f"; did you mean '{near}'?" if near else "")
+            )
+        if isinstance(known[key], tuple) and value is not None:
+            return f"--config.{key}={_as_tuple(value)!r}"
+    return arg
+
+
+def _as_tuple(text: str) -> tuple:
+    """('a', 'b'), a,b and a path alone are all tuples; numbers become numbers."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = tuple(part for part in text.split(",") if part)
+    return tuple(value) if isinstance(value, tuple | list) else (value,)

@@ -1,0 +1,100 @@
+"""Attention: one function, several backends, all tested against the plain one.
+
+B batch, T query length, S key length, N query heads, K key/value heads, G = N / K, H head width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax.errors import UserError
+
+# Below every score that a finite model makes, and finite itself: a row that is masked out altogether
+# gives a uniform distribution and no NaN.
+MASKED = -1e30
+
+
+def attention_mask(
+    *,
+    causal: bool,
+    query_index: jax.Array,
+    key_length: int,
+    query_segments: jax.Array | None = None,
+    key_segments: jax.Array | None = None,
+) -> jax.Array | None:
+    """Which keys a query sees: earlier ones or itself if `causal`, and of its own segment only.
+
+    Args:
+      query_index: int32 [B or 1, T], the place of each query among the keys.
+      query_segments, key_segments: int32 [B, T] and [B, S]; None: one segment.
+
+    Returns:
+      bool [B or 1, T, S], True where seen; None where everything is.
+    """
+    mask_BTS = None
+    if causal:
+        mask_BTS = query_index[:, :, None] >= jnp.arange(key_length)[None, None, :]
+    if query_segments is not None:
+        same_BTS = query_segments[:, :, None] == key_segments[:, None, :]
+        mask_BTS = same_BTS if mask_BTS is None else mask_BTS & same_BTS
+    return mask_BTS
+
+
+def resolve_backend(name: str) -> str:
+    """The backend that 'auto' stands for on this platform.
+
+    Raises:
+      UserError: the platform does not have the backend that was asked for.
+    """
+    platform = jax.default_backend()
+    if name == "auto":
+        return "cudnn" if platform == "gpu" else "xla"
+    if name == "cudnn" and platform != "gpu":
+        raise UserError(
+            f"model.attention: 'cudnn' needs an NVIDIA GPU, this is {platform}; use auto"
+        )
+    return name
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array | None,
+    *,
+    backend: str = "xla",
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention (Vaswani et al. 2017), grouped where K < N (Ainslie et al. 2023).
+
+    Scores and softmax are float32, whatever the inputs are.
+
+    Args:
+      mask_BTS: see `attention_mask`.
+      backend: 'xla' (the reference) or 'cudnn'.
+      dropout: rate on the attention weights; needs `dropout_key`, and the 'xla' backend.
+
+    Returns:
+      [B, T, N, H], of the dtype of `q_BTNH`.
+    """
+    if backend == "cudnn":
+        if dropout and dropout_key is not None:
+            raise UserError("model.attention: 'cudnn' has no dropout here; use 'xla' with it")
+        mask = None if mask_BTS is None else mask_BTS[:, None]
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, mask=mask, implementation="cudnn"
+        )
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H)
+    scores_BKGTS = jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    )
+    if mask_BTS is not None:
+        scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+    if dropout and dropout_key is not None:
+        kept_BKGTS = jax.random.bernoulli(dropout_key, 1 - dropout, weights_BKGTS.shape)
+        weights_BKGTS = jnp.where(kept_BKGTS, weights_BKGTS / (1 - dropout), 0.0)
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+    return out_BTKGH.reshape(B, T, N, H)

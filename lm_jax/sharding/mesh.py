@@ -1,0 +1,108 @@
+"""The device mesh, and the one table that says which array axis is split over which mesh axis.
+
+Every array axis has a logical name. Mesh axes are Explicit: an array's type carries its sharding, so
+that a forgotten one is an error when a step is traced and not a slow run. Outside of any mesh the
+functions here do nothing, and the model runs on one device.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lm_jax.config import MeshConfig
+from lm_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of a parameter -> mesh axis.
+PARAMETER_RULES: dict[str, str | None] = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "head_width": None,
+    "position": None,
+    "norm": None,  # scales and biases as wide as the model: too small to share out
+}
+# Logical axis of an activation -> mesh axes. A parameter in use is an activation too: its fsdp
+# parts are gathered, its tensor parts stay where they are.
+ACTIVATION_RULES: dict[str, str | tuple[str, ...] | None] = PARAMETER_RULES | {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "embed": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config` over `devices` (all of the job's by default).
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    given = int(np.prod([n for n in sizes.values() if n != -1]))
+    if -1 in sizes.values() and len(devices) % given == 0:
+        sizes = {k: len(devices) // given if n == -1 else n for k, n in sizes.items()}
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        raise UserError(
+            f"mesh: data {config.data} x fsdp {config.fsdp} x tensor {config.tensor} does not fit"
+            f" {len(devices)} device(s): change mesh.*, or set one axis to -1 to take what is left"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
+    )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Parts that the batch is split in."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`, all else whole."""
+    return NamedSharding(mesh, P(ACTIVATION_RULES["batch"]))
+
+
+def spec(*axes: str | None) -> P | None:
+    """The sharding of an activation with these logical axes; None outside of a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return None
+    return P(*(ACTIVATION_RULES[a] if a else None for a in axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` with the sharding of these logical axes; a parameter in use is gathered by it."""
+    wanted = spec(*axes)
+    return x if wanted is None else jax.sharding.reshard(x, wanted)
+
+
+def parameter_specs(parameters: dict[str, tuple[tuple[int, ...], tuple[str, ...]]], mesh: Mesh):
+    """The PartitionSpec of each parameter.
+
+    Args:
+      parameters: dotted name -> (shape, logical axes).
+      mesh: for the sizes that must divide.
+
+    Raises:
+      UserError: a mesh axis does not divide an array axis; the message names each such parameter.
+      ValueError: a parameter has an axis without a rule, or not one name an axis.
+    """
+    specs, wrong = {}, []
+    for name, (shape, axes) in parameters.items():
+        if len(axes) != len(shape) or any(a not in PARAMETER_RULES for a in axes):
+            raise ValueError(f"{name}: axes {axes} of shape {shape} are not covered by the rules")
+        mesh_axes = [PARAMETER_RULES[a] for a in axes]
+        for size, axis, mesh_axis in zip(shape, axes, mesh_axes):
+            if mesh_axis and size % mesh.shape[mesh_axis]:
+                wrong.append(
+                    f"{name}: mesh.{mesh_axis} = {mesh.shape[mesh_axis]} does not divide its"
+                    f" '{axis}' axis of {size}"
+                )
+        specs[name] = P(*mesh_axes)
+    if wrong:
+        raise UserError("the model does not fit the mesh:\n  " + "\n  ".join(wrong))
+    return specs

@@ -1,0 +1,13 @@
+"""Eight simulated CPU devices for every test, and no silent rank promotion."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+assert jax.device_count() == 8, "the tests need 8 simulated devices"
