@@ -1,0 +1,148 @@
+"""From `DataConfig.sources` to documents: random-access sequences of str, split for validation."""
+
+import bisect
+from collections.abc import Sequence
+from typing import Literal
+
+from lm_jax.config import DataConfig
+from lm_jax.data import files
+from lm_jax.data.readers import Errors, Files, JsonLines, Parquet, Spans, Tfds
+from lm_jax.errors import UserError
+
+Split = Literal["train", "validation"]
+
+
+class Documents(Sequence):
+    """Documents of several readers one after the other; `[i]` is a str, '' where one was skipped.
+
+    Picklable: a copy in another process opens the files itself. `errors` counts what this process
+    has skipped.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[str]], errors: Errors):
+        self.parts, self.errors = [p for p in parts if len(p)], errors
+        self.starts = [0]
+        for part in self.parts:
+            self.starts.append(self.starts[-1] + len(part))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, i: int) -> str:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        part = bisect.bisect_right(self.starts, i) - 1
+        return self.parts[part][i - self.starts[part]]
+
+
+class Every(Sequence):
+    """Each `k`-th document (from the k-th on), or all the others."""
+
+    def __init__(self, documents: Sequence[str], k: int, others: bool):
+        self.documents, self.k, self.others = documents, k, others
+
+    def __len__(self) -> int:
+        held_out = len(self.documents) // self.k
+        return len(self.documents) - held_out if self.others else held_out
+
+    def __getitem__(self, i: int) -> str:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self.documents[i + i // (self.k - 1) if self.others else i * self.k + self.k - 1]
+
+
+class Tail(Sequence):
+    """The last `fraction` of each document's characters, or all that is before."""
+
+    def __init__(self, documents: Sequence[str], fraction: float, head: bool):
+        self.documents, self.fraction, self.head = documents, fraction, head
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, i: int) -> str:
+        text = self.documents[i]
+        cut = int(len(text) * (1 - self.fraction))
+        return text[:cut] if self.head else text[cut:]
+
+
+def documents(config: DataConfig, split: Split) -> Sequence[str]:
+    """All documents of a split, in the order of the sources.
+
+    Raises:
+      UserError: a source is missing, empty or unreadable, or cannot be split; reading a document
+        raises it for a record that cannot be read, unless `on_error` is 'skip'.
+    """
+    parts = by_source(config, split)
+    return parts[0] if len(parts) == 1 else Documents(parts, Errors(config.on_error))
+
+
+def by_source(config: DataConfig, split: Split) -> list[Sequence[str]]:
+    """As `documents`, but each source that has a weight by itself; a list of one without weights."""
+    if split == "validation" and config.validation_sources:
+        return [_open(config.validation_sources, config, ("validation", "test", "train"))]
+    groups = [(s,) for s in config.sources] if config.weights else [config.sources]
+    found: list[Sequence[str]] = [_open(group, config, ("train",)) for group in groups]
+    if config.validation_sources:
+        return found
+    return [_split(part, config, split, ", ".join(g)) for part, g in zip(found, groups)]
+
+
+def _split(found: Sequence[str], config: DataConfig, split: Split, where: str) -> Sequence[str]:
+    train = split == "train"
+    if config.validation_split == "tail":
+        return Tail(found, config.validation_fraction, head=train)
+    if len(found) < 2:
+        raise UserError(
+            f"data source '{where}': one document cannot be split into training and validation "
+            "documents; set data.validation_split='tail' to hold out its end, or name "
+            "data.validation_sources"
+        )
+    k = min(max(2, round(1 / config.validation_fraction)), len(found))
+    return Every(found, k, others=train)
+
+
+def _open(sources: Sequence[str], config: DataConfig, tfds_splits: Sequence[str]) -> Documents:
+    errors = Errors(config.on_error)
+    parts: list[Sequence[str]] = []
+    for source in sources:
+        if source.startswith("tfds:"):
+            name = source.removeprefix("tfds:")
+            parts.append(Tfds(name, tfds_splits, config.text_key, errors))
+        else:
+            parts += _readers(files.find(source), config, errors)
+    found = Documents(parts, errors)
+    if not len(found):
+        summary = errors.summary()
+        raise UserError(
+            f"data source '{', '.join(sources)}': no documents" + (f" ({summary})" if summary else "")
+        )
+    return found
+
+
+def _readers(paths: Sequence[str], config: DataConfig, errors: Errors) -> list[Sequence[str]]:
+    """Readers of `paths` in order; neighbouring files that are one document each share one."""
+    parts: list[Sequence[str]] = []
+    whole: list[str] = []  # text files that wait for their common reader
+    for path in paths:
+        kind = files.suffix(path)
+        one_by_one = kind in files.JSONL or kind in files.PARQUET or config.document != "file"
+        if not one_by_one:
+            whole.append(path)
+            continue
+        if whole:
+            parts.append(Files(whole, errors))
+            whole = []
+        if kind in files.PARQUET:
+            parts.append(Parquet(path, config.text_key, errors))
+            continue
+        try:
+            if kind in files.JSONL:
+                parts.append(JsonLines(path, config.text_key, errors))
+            else:
+                parts.append(Spans(path, config.document, errors))
+        except UserError as e:
+            if not errors.skip:
+                raise
+            errors.handle(str(e))
+    return [*parts, Files(whole, errors)] if whole else parts
