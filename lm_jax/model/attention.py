@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from lm_jax.errors import UserError
 
-# Below every score that a finite model makes, and finite itself: a row that is masked out altogether
-# gives a uniform distribution and no NaN.
+# Below every score that a finite model makes, and finite itself: a row that is masked out
+# altogether gives a uniform distribution and no NaN.
 MASKED = -1e30
 
 
@@ -65,9 +65,10 @@ def attention(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention (Vaswani et al. 2017), grouped where K < N (Ainslie et al. 2023).
+    """Scaled dot-product attention (Vaswani et al. 2017), grouped where K < N.
 
-    Scores and softmax are float32, whatever the inputs are.
+    Grouped queries are from Ainslie et al. 2023. Scores and softmax
+    are float32, whatever the inputs are.
 
     Args:
       mask_BTS: see `attention_mask`.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.config import ModelConfig
-from lm_jax.sharding.mesh import spec
+from lm_jax.sharding.mesh import activation_spec
 
 AXES = ("layers", "batch", "length", "kv_heads", "head_width")
 
@@ -28,7 +28,7 @@ class Cache(NamedTuple):
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """An empty cache, of the compute dtype."""
     shape = (config.layers, batch, length, config.kv_heads, config.head_width)
-    zeros = jnp.zeros(shape, config.dtype, out_sharding=spec(*AXES))
+    zeros = jnp.zeros(shape, config.dtype, out_sharding=activation_spec(*AXES))
     return Cache(zeros, zeros)
 
 
@@ -46,7 +46,7 @@ def update(
     def write(all_LBSKH: jax.Array, new_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
         all_LBSKH = all_LBSKH.at[layer, rows_B1, positions_BT].set(
-            new_BTKH.astype(all_LBSKH.dtype), mode="drop", out_sharding=spec(*AXES)
+            new_BTKH.astype(all_LBSKH.dtype), mode="drop", out_sharding=activation_spec(*AXES)
         )
         return all_LBSKH, all_LBSKH[layer]
 

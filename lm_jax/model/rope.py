@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021), in the half-split form of Llama's published weights."""
+"""Rotary position embeddings (Su et al. 2021), half-split as in Llama's published weights."""
 
 import jax
 import jax.numpy as jnp

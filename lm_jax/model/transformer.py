@@ -3,13 +3,14 @@
 B batch, T query length, S key length, D width, N query heads, K key/value heads, H head width,
 F feed-forward width, V vocabulary, L layers.
 
-GPT-2: layer norm, learned positions, GELU, biases, tied head. Llama: RMS norm, RoPE, SwiGLU, grouped
-queries, no biases. The blocks' parameters are stacked, [L, ...], whether they are run by a scan or
-one by one, so that a checkpoint does not depend on it.
+GPT-2: layer norm, learned positions, GELU, biases, tied head. Llama: RMS norm, RoPE, SwiGLU,
+grouped queries, no biases. The blocks' parameters are stacked, [L, ...], whether they are run by a
+scan or one by one, so that a checkpoint does not depend on it.
 """
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -19,8 +20,9 @@ from flax import nnx
 from lm_jax.config import ModelConfig
 from lm_jax.model import cache as kv
 from lm_jax.model.attention import attention, attention_mask, resolve_backend
+from lm_jax.model.parameters import constant, normal, plus, use
 from lm_jax.model.rope import apply_rope, rope_tables
-from lm_jax.sharding.mesh import constrain, spec
+from lm_jax.sharding.mesh import activation_spec
 
 # What the forward pass keeps for the backward pass, by name. 'none' keeps all and computes nothing
 # again; 'dots' keeps the outputs of products without a batch axis (the projections);
@@ -41,27 +43,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def parameter(key: jax.Array, shape: tuple[int, ...], std: float, *axes: str) -> nnx.Param:
-    """A float32 parameter drawn from N(0, std^2), with the logical axes that shard it."""
-    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes)
-
-
-def constant(shape: tuple[int, ...], value: float, *axes: str) -> nnx.Param:
-    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
-
-
-def use(p: nnx.Param, dtype: str) -> jax.Array:
-    """A parameter as a layer computes with it: cast first, so that half the bytes are gathered."""
-    return constrain(p.get_value().astype(dtype), *p.axes)
-
-
 class Norm(nnx.Module):
     """Layer norm (Ba et al. 2016) or RMS norm (Zhang and Sennrich 2019), in float32."""
 
     def __init__(self, kind: str, width: int, epsilon: float, bias: bool, axis: str = "norm"):
         self.kind, self.epsilon = kind, epsilon
-        self.scale = constant((width,), 1.0, axis)
-        self.bias = constant((width,), 0.0, axis) if bias and kind == "layernorm" else None
+        self.scale = constant(1.0, (width,), axis)
+        self.bias = constant(0.0, (width,), axis) if bias and kind == "layernorm" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
@@ -88,15 +76,15 @@ class Attention(nnx.Module):
         D, N, K, H = c.width, c.heads, c.kv_heads, c.head_width
         kq, kk, kv_, ko = jax.random.split(key, 4)
         residual_std = c.init_std / (2 * c.layers) ** 0.5  # GPT-2, section 2.3
-        self.query = parameter(kq, (D, N, H), c.init_std, "embed", "heads", "head_width")
-        self.key = parameter(kk, (D, K, H), c.init_std, "embed", "kv_heads", "head_width")
-        self.value = parameter(kv_, (D, K, H), c.init_std, "embed", "kv_heads", "head_width")
-        self.out = parameter(ko, (N, H, D), residual_std, "heads", "head_width", "embed")
+        self.query = normal(kq, (D, N, H), c.init_std, "embed", "heads", "head_width")
+        self.key = normal(kk, (D, K, H), c.init_std, "embed", "kv_heads", "head_width")
+        self.value = normal(kv_, (D, K, H), c.init_std, "embed", "kv_heads", "head_width")
+        self.out = normal(ko, (N, H, D), residual_std, "heads", "head_width", "embed")
         bias = c.attention_bias
-        self.query_bias = constant((N, H), 0.0, "heads", "head_width") if bias else None
-        self.key_bias = constant((K, H), 0.0, "kv_heads", "head_width") if bias else None
-        self.value_bias = constant((K, H), 0.0, "kv_heads", "head_width") if bias else None
-        self.out_bias = constant((D,), 0.0, "norm") if bias else None
+        self.query_bias = constant(0.0, (N, H), "heads", "head_width") if bias else None
+        self.key_bias = constant(0.0, (K, H), "kv_heads", "head_width") if bias else None
+        self.value_bias = constant(0.0, (K, H), "kv_heads", "head_width") if bias else None
+        self.out_bias = constant(0.0, (D,), "norm") if bias else None
         norm = functools.partial(Norm, "rmsnorm", H, c.norm_epsilon, False, "head_width")
         self.query_norm, self.key_norm = (norm(), norm()) if c.qk_norm else (None, None)
 
@@ -122,12 +110,12 @@ class Attention(nnx.Module):
             "BTNH,NHD->BTD",
             y_BTNH,
             use(self.out, c.dtype),
-            out_sharding=spec("batch", "length", "embed"),
+            out_sharding=activation_spec("batch", "length", "embed"),
         )
-        return _plus(y_BTD, self.out_bias), cache
+        return plus(y_BTD, self.out_bias), cache
 
     def _project(self, x_BTD, weight, bias, norm):
-        y = _plus(jnp.einsum("BTD,DNH->BTNH", x_BTD, use(weight, self.config.dtype)), bias)
+        y = plus(jnp.einsum("BTD,DNH->BTNH", x_BTD, use(weight, self.config.dtype)), bias)
         return y if norm is None else norm(y)
 
 
@@ -137,36 +125,30 @@ class FeedForward(nnx.Module):
         D, F = c.width, c.mlp_width
         ku, kg, kd = jax.random.split(key, 3)
         residual_std = c.init_std / (2 * c.layers) ** 0.5
-        self.up = parameter(ku, (D, F), c.init_std, "embed", "mlp")
-        self.gate = parameter(kg, (D, F), c.init_std, "embed", "mlp") if c.gated_mlp else None
-        self.down = parameter(kd, (F, D), residual_std, "mlp", "embed")
-        self.up_bias = constant((F,), 0.0, "mlp") if c.mlp_bias else None
+        self.up = normal(ku, (D, F), c.init_std, "embed", "mlp")
+        self.gate = normal(kg, (D, F), c.init_std, "embed", "mlp") if c.gated_mlp else None
+        self.down = normal(kd, (F, D), residual_std, "mlp", "embed")
+        self.up_bias = constant(0.0, (F,), "mlp") if c.mlp_bias else None
         gate_bias = c.mlp_bias and c.gated_mlp
-        self.gate_bias = constant((F,), 0.0, "mlp") if gate_bias else None
-        self.down_bias = constant((D,), 0.0, "norm") if c.mlp_bias else None
+        self.gate_bias = constant(0.0, (F,), "mlp") if gate_bias else None
+        self.down_bias = constant(0.0, (D,), "norm") if c.mlp_bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
         activation = ACTIVATIONS[c.activation]
-        h_BTF = _plus(jnp.einsum("BTD,DF->BTF", x_BTD, use(self.up, c.dtype)), self.up_bias)
+        h_BTF = plus(jnp.einsum("BTD,DF->BTF", x_BTD, use(self.up, c.dtype)), self.up_bias)
         if self.gate is None:
             h_BTF = activation(h_BTF)
         else:
             gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, use(self.gate, c.dtype))
-            h_BTF = activation(_plus(gate_BTF, self.gate_bias)) * h_BTF
+            h_BTF = activation(plus(gate_BTF, self.gate_bias)) * h_BTF
         y_BTD = jnp.einsum(
             "BTF,FD->BTD",
             h_BTF,
             use(self.down, c.dtype),
-            out_sharding=spec("batch", "length", "embed"),
+            out_sharding=activation_spec("batch", "length", "embed"),
         )
-        return _plus(y_BTD, self.down_bias)
-
-
-def _plus(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    if bias is None:
-        return x
-    return x + use(bias, x.dtype)[(None,) * (x.ndim - len(bias.axes))]
+        return plus(y_BTD, self.down_bias)
 
 
 @jax.tree_util.register_dataclass
@@ -217,9 +199,9 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, key: jax.Array):
         c = self.config = dataclasses.replace(config)
         token_key, position_key, block_key, head_key = jax.random.split(key, 4)
-        self.embedding = parameter(token_key, (c.vocab_size, c.width), c.init_std, "vocab", "embed")
+        self.embedding = normal(token_key, (c.vocab_size, c.width), c.init_std, "vocab", "embed")
         self.position_embedding = (
-            parameter(position_key, (c.max_length, c.width), c.init_std, "position", "embed")
+            normal(position_key, (c.max_length, c.width), c.init_std, "position", "embed")
             if c.position == "learned"
             else None
         )
@@ -229,7 +211,7 @@ class Transformer(nnx.Module):
         self.head = (
             None
             if c.tied_head
-            else parameter(head_key, (c.width, c.vocab_size), c.init_std, "embed", "vocab")
+            else normal(head_key, (c.width, c.vocab_size), c.init_std, "embed", "vocab")
         )
 
     def __call__(
@@ -274,7 +256,7 @@ class Transformer(nnx.Module):
             # A cached step has a query of one token or a few: nothing for a fused kernel to gain.
             backend="xla" if cache is not None else resolve_backend(c.attention),
         )
-        activation = spec("batch", "length", "embed")
+        activation = activation_spec("batch", "length", "embed")
         x_BTD = use(self.embedding, c.dtype).at[tokens_BT].get(out_sharding=activation)
         if self.position_embedding is not None:
             places = use(self.position_embedding, c.dtype)
@@ -306,15 +288,12 @@ class Transformer(nnx.Module):
             carry, _ = jax.lax.scan(run, carry, inputs)
         else:
             for i in range(c.layers):
-                carry, _ = run(carry, jax.tree.map(lambda a: a[i], inputs))
+                carry, _ = run(carry, jax.tree.map(operator.itemgetter(i), inputs))
         return carry
 
     def head_weight(self) -> jax.Array:
-        """[D, V], of the compute dtype, as `logits` uses it."""
-        dtype = self.config.dtype
-        if self.head is not None:
-            return use(self.head, dtype)
-        return use(self.embedding, dtype).T
+        """[D, V], float32: a sum over chunks of positions keeps its gradient's precision."""
+        return use(self.embedding, "float32").T if self.head is None else use(self.head, "float32")
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 scores [B, T, V]."""
@@ -322,13 +301,6 @@ class Transformer(nnx.Module):
 
 
 def logits_of(x_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """float32 [B, T, V], from a product in the dtype of `x_BTD`."""
+    head_DV = head_DV.astype(x_BTD.dtype)
     return jnp.einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32)
-
-
-def named_parameters(model: Transformer) -> dict[str, nnx.Param]:
-    """Dotted name -> parameter, whose `axes` are completed by 'layers' where it is stacked."""
-    named = {}
-    for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        axes = p.axes if p.get_value().ndim == len(p.axes) else ("layers", *p.axes)
-        named[".".join(map(str, path))] = p.replace(axes=axes)
-    return named

@@ -1,8 +1,8 @@
 """The device mesh, and the one table that says which array axis is split over which mesh axis.
 
-Every array axis has a logical name. Mesh axes are Explicit: an array's type carries its sharding, so
-that a forgotten one is an error when a step is traced and not a slow run. Outside of any mesh the
-functions here do nothing, and the model runs on one device.
+Every array axis has a logical name. Mesh axes are Explicit: an array's type carries its sharding,
+so that a forgotten one is an error when a step is traced and not a slow run. Outside of any mesh
+the functions here do nothing, and the model runs on one device.
 """
 
 import jax
@@ -67,42 +67,49 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ACTIVATION_RULES["batch"]))
 
 
-def spec(*axes: str | None) -> P | None:
+def activation_spec(*axes: str | None) -> P | None:
     """The sharding of an activation with these logical axes; None outside of a mesh."""
+    return _spec(ACTIVATION_RULES, axes)
+
+
+def parameter_spec(*axes: str) -> P | None:
+    """The sharding of a parameter, a gradient or an optimizer's moment; None outside of a mesh."""
+    return _spec(PARAMETER_RULES, axes)
+
+
+def _spec(rules: dict, axes: tuple[str | None, ...]) -> P | None:
     if jax.sharding.get_abstract_mesh().empty:
         return None
-    return P(*(ACTIVATION_RULES[a] if a else None for a in axes))
+    return P(*(rules[a] if a else None for a in axes))
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` with the sharding of these logical axes; a parameter in use is gathered by it."""
-    wanted = spec(*axes)
+def reshard(x: jax.Array, wanted: P | None) -> jax.Array:
+    """`x` with another sharding; a parameter that a layer uses is gathered by this."""
     return x if wanted is None else jax.sharding.reshard(x, wanted)
 
 
-def parameter_specs(parameters: dict[str, tuple[tuple[int, ...], tuple[str, ...]]], mesh: Mesh):
-    """The PartitionSpec of each parameter.
+def check_parameters(
+    shapes: dict[str, tuple[int, ...]], axes: dict[str, tuple[str, ...]], mesh: Mesh
+) -> None:
+    """Checks that a rule covers each axis of each parameter and that the mesh divides it.
 
     Args:
-      parameters: dotted name -> (shape, logical axes).
-      mesh: for the sizes that must divide.
+      shapes, axes: dotted name -> shape, and -> logical axes.
 
     Raises:
       UserError: a mesh axis does not divide an array axis; the message names each such parameter.
-      ValueError: a parameter has an axis without a rule, or not one name an axis.
+      ValueError: an axis has no rule, or a parameter not one name an axis.
     """
-    specs, wrong = {}, []
-    for name, (shape, axes) in parameters.items():
-        if len(axes) != len(shape) or any(a not in PARAMETER_RULES for a in axes):
-            raise ValueError(f"{name}: axes {axes} of shape {shape} are not covered by the rules")
-        mesh_axes = [PARAMETER_RULES[a] for a in axes]
-        for size, axis, mesh_axis in zip(shape, axes, mesh_axes):
+    wrong = []
+    for name, shape in shapes.items():
+        if len(axes[name]) != len(shape) or any(a not in PARAMETER_RULES for a in axes[name]):
+            raise ValueError(f"{name}: axes {axes[name]} of {shape} are not covered by the rules")
+        for size, axis in zip(shape, axes[name]):
+            mesh_axis = PARAMETER_RULES[axis]
             if mesh_axis and size % mesh.shape[mesh_axis]:
                 wrong.append(
                     f"{name}: mesh.{mesh_axis} = {mesh.shape[mesh_axis]} does not divide its"
                     f" '{axis}' axis of {size}"
                 )
-        specs[name] = P(*mesh_axes)
     if wrong:
         raise UserError("the model does not fit the mesh:\n  " + "\n  ".join(wrong))
-    return specs
