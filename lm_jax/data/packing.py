@@ -1,0 +1,190 @@
+"""From documents to packed rows.
+
+A document becomes its tokens, [bos] + ids + [eos]; its tokens become pairs (input, target), each
+token with the one after it; pairs are packed into rows of `length`. As each pair brings its own
+target, a document may be cut anywhere and each token after its first is a target exactly once.
+
+Shapes: P pairs of a document or piece, T pairs of a row (`DataConfig.length`), B rows of a block.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from lm_jax.config import DataConfig
+from lm_jax.data.tokenizer_base import Tokenizer
+from lm_jax.errors import UserError
+
+Row = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray]
+
+PAIRS, SEGMENTS, POSITIONS = "pairs", "pairs_segment_ids", "pairs_positions"  # as Grain names them
+
+
+def with_ends(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """[bos] + ids + [eos] as int32; eos stands in for a missing bos, as in GPT-2's training data."""
+    bos = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    front = [] if bos is None else [bos]
+    back = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    return np.concatenate([np.array(front, np.int32), ids, np.array(back, np.int32)])
+
+
+def as_pairs(tokens: np.ndarray) -> np.ndarray:
+    """Each token but the last with the one after it: a view [len(tokens) - 1, 2]."""
+    if len(tokens) < 2:
+        return np.zeros((0, 2), np.int32)
+    return np.lib.stride_tricks.sliding_window_view(tokens, 2)
+
+
+class Encode(grain.experimental.FlatMapTransform):
+    """A document to its pieces {'pairs': int32 [P, 2]}, P at most `longest` where that is given.
+
+    Raises:
+      UserError: as many documents in a row as the corpus holds have not a single target.
+    """
+
+    max_fan_out = 1 << 62  # Grain only asks where pieces are indexed, and here they are streamed
+
+    def __init__(self, tokenizer: Tokenizer, longest: int | None, documents: int):
+        self.tokenizer, self.longest, self.documents = tokenizer, longest, documents
+        self.barren = 0  # documents without a target since the last one that had some
+
+    def flat_map(self, element: str) -> list[Row]:
+        ids = self.tokenizer.encode(element) if element else np.zeros(0, np.int32)
+        pairs_P2 = as_pairs(with_ends(self.tokenizer, ids)) if len(ids) else as_pairs(ids)
+        self.barren = 0 if len(pairs_P2) else self.barren + 1
+        if self.barren > self.documents:
+            raise UserError(
+                "no document of the training split has two tokens or more, so there is nothing to "
+                "predict: look at data.sources, and at what data.on_error='skip' left out"
+            )
+        step = self.longest or max(len(pairs_P2), 1)
+        return [{PAIRS: pairs_P2[i : i + step]} for i in range(0, len(pairs_P2), step)]
+
+
+def pack(pieces: grain.IterDataset, config: DataConfig, *, seed: int | None) -> grain.IterDataset:
+    """Packs {'pairs': [P, 2]} into rows: pairs [T, 2], their segment ids and positions [T].
+
+    'first_fit' never cuts a piece (P <= T), and pads; 'concatenate' fills every row but the last.
+    `seed` shuffles the rows of 'first_fit' that were open together; None leaves them in order.
+    """
+    length = {PAIRS: config.length}
+    if config.packing == "concatenate":
+        return grain.experimental.ConcatThenSplitIterDataset(pieces, length_struct=length)
+    return grain.experimental.FirstFitPackIterDataset(
+        pieces,
+        length_struct=length,
+        num_packing_bins=config.packing_bins,
+        seed=seed or 0,
+        shuffle_bins=seed is not None,
+    )
+
+
+def longest_piece(config: DataConfig) -> int | None:
+    """The most pairs that a piece may have: a row's where pieces are not cut."""
+    return config.length if config.packing == "first_fit" else None
+
+
+class Block:
+    """Rows gathered into arrays [B, T], padding included."""
+
+    def __init__(self, rows: int, length: int, pad_id: int):
+        shape = (rows, length)
+        self.batch: Batch = {
+            "inputs": np.full(shape, pad_id, np.int32),
+            "targets": np.full(shape, pad_id, np.int32),
+            "segments": np.zeros(shape, np.int32),
+            "positions": np.zeros(shape, np.int32),
+        }
+        self.rows = 0  # that hold tokens
+
+    def put(self, index: int, row: Row) -> None:
+        real_T = row[SEGMENTS] > 0
+        for key, values_T in (
+            ("inputs", row[PAIRS][:, 0]),
+            ("targets", row[PAIRS][:, 1]),
+            ("segments", row[SEGMENTS]),
+            ("positions", row[POSITIONS]),
+        ):
+            np.copyto(self.batch[key][index], values_T, where=real_T)
+        self.rows += 1
+
+
+def finish(batch: Batch, attend_across: bool) -> Batch:
+    """Adds 'weights' (float32, 1 at real targets), and joins the segments of a row if so asked."""
+    real_BT = batch["segments"] > 0
+    if attend_across:
+        batch["segments"] = real_BT.astype(np.int32)
+        batch["positions"] = np.arange(real_BT.shape[1], dtype=np.int32) * real_BT
+    batch["weights"] = real_BT.astype(np.float32)
+    return batch
+
+
+class FlatText:
+    """All documents as one array of tokens, from which 'crop' takes windows (as nanoGPT does).
+
+    Several documents are separated by eos, which belongs to the document that it opens. Where the
+    tokenizer has none, the last token of a document has no target.
+    """
+
+    def __init__(self, documents: Sequence[str], tokenizer: Tokenizer, config: DataConfig):
+        small = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+        several = len(documents) > 1
+        eos = [] if tokenizer.eos_id is None or not several else [tokenizer.eos_id]
+        self.separated = bool(eos) or not several
+        parts, starts, total = [], [], 0
+        for text in documents:
+            ids = tokenizer.encode(text).astype(small) if text else np.zeros(0, small)
+            if not len(ids):
+                continue
+            between = np.array(eos if parts else [], small)
+            starts.append(total)
+            parts += [between, ids]
+            total += len(between) + len(ids)
+        self.tokens = np.concatenate(parts) if parts else np.zeros(0, small)
+        self.starts = np.array(starts, np.int64)  # [documents]
+        self.length = config.length
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def window(self, start: int) -> Row:
+        """The row whose first input is token `start`; padded where the text ends."""
+        count = min(self.length, len(self.tokens) - 1 - start)
+        pairs_T2 = np.zeros((self.length, 2), np.int32)
+        pairs_T2[:count] = as_pairs(self.tokens[start : start + count + 1])
+        segments_T = np.zeros(self.length, np.int32)
+        positions_T = np.zeros(self.length, np.int32)
+        here = np.searchsorted(self.starts, [start, start + count], side="right")
+        inside = self.starts[here[0] : here[1]] - start
+        edges = [0, *(int(s) for s in inside if s < count), count]
+        for segment, (a, b) in enumerate(zip(edges, edges[1:], strict=False), 1):
+            segments_T[a:b] = segment
+            positions_T[a:b] = np.arange(b - a)
+        if not self.separated:  # the last token of a document precedes a stranger
+            segments_T[inside - 1] = 0
+            positions_T[inside - 1] = 0
+        return {PAIRS: pairs_T2, SEGMENTS: segments_T, POSITIONS: positions_T}
+
+
+class CropLane(Iterator):
+    """The rows of one lane of 'crop': windows at positions drawn from (seed, row of the stream)."""
+
+    def __init__(self, text: FlatText, *, lane: int, rows: int, batch_size: int, seed: int):
+        self.text, self.lane, self.rows, self.batch_size = text, lane, rows, batch_size
+        self.seed, self.next = seed, 0
+
+    def __next__(self) -> Row:
+        batch, row = divmod(self.next, self.rows)
+        index = batch * self.batch_size + self.lane * self.rows + row
+        draw = np.random.Generator(np.random.Philox(key=[self.seed, index]))
+        self.next += 1
+        return self.text.window(int(draw.integers(len(self.text) - self.text.length)))
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next": self.next}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.next = state["next"]
