@@ -1,0 +1,241 @@
+"""What every tokenizer is: a table from ids to the bytes of text they stand for, and an `encode`.
+
+Decoding, streaming and byte counts all follow from that table, so they cannot disagree. The two
+tokenizers that need no library, bytes and characters, are here as well.
+"""
+
+import abc
+import codecs
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from lm_jax.errors import UserError
+
+META = "lm_jax_tokenizer.json"  # in a saved folder: the kind, the fingerprint and what is small
+_UNKNOWN_ID = "\ufffd".encode()
+
+
+class Tokenizer(abc.ABC):
+    """Text to token ids and back.
+
+    Attributes:
+      kind: 'sentencepiece', 'bytes', 'characters' or 'huggingface'.
+      vocab_size: the number of ids; each id is in [0, vocab_size).
+      bos_id, eos_id: the ids that begin and end a document, or None. `encode` never yields them,
+        whatever the text says.
+      pad_id: an id to fill rows with. It may be that of a real token: weights mask padding, ids
+        do not.
+      specials: the name of each id that stands for no text.
+      prefix_bytes: 1 where `encode` puts a space before the text, which `decode` takes off again
+        (Llama 2), so that the byte counts of a text's ids add up to its own plus 1; else 0.
+    """
+
+    kind: str
+
+    def __init__(
+        self,
+        pieces: list[bytes] | None,
+        *,
+        bos_id: int | None,
+        eos_id: int | None,
+        pad_id: int,
+        specials: Mapping[int, str],
+        vocab_size: int | None = None,
+        prefix_bytes: int = 0,
+    ):
+        self._pieces = pieces  # None: what an id stands for depends on its neighbours
+        self.vocab_size = len(pieces) if pieces is not None else vocab_size
+        self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
+        self.specials = dict(specials)
+        self.prefix_bytes = prefix_bytes
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, int32[n], without bos or eos.
+
+        Raises:
+          UserError: the text cannot be encoded: a lone surrogate, which has no UTF-8 form, or a
+            character that a vocabulary of characters lacks. The message names its position.
+        """
+
+    @abc.abstractmethod
+    def _definition(self) -> dict[str, bytes]:
+        """What defines this tokenizer beyond its kind: file names and contents.
+
+        The content of META, if there is one, is a JSON object that is saved inside that file.
+        """
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. Specials stand for none; invalid UTF-8 reads as U+FFFD, and so does an
+        id outside the vocabulary, which a model whose embedding is padded may yield."""
+        data = b"".join(self._bytes_of(int(i)) for i in ids)
+        if self.prefix_bytes and data.startswith(b" "):
+            data = data[1:]
+        return data.decode("utf-8", errors="replace")
+
+    def stream(self) -> "Stream":
+        """A decoder that takes one id at a time."""
+        return Stream(self)
+
+    @functools.cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes of text that each id stands for: int32[vocab_size], 0 for specials.
+
+        Over `encode(text)` they add up to `len(text.encode()) + prefix_bytes` (an empty text has
+        no prefix) wherever decoding gives the text back.
+
+        Raises:
+          UserError: an id's text depends on its neighbours, as WordPiece's spaces do.
+        """
+        if self._pieces is None:
+            raise UserError(
+                f"bits per byte is undefined for this tokenizer ({self.kind}): its tokens do not"
+                " say which bytes of text they stand for"
+            )
+        return np.array([len(piece) for piece in self._pieces], np.int32)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256, in hex, of all that defines this tokenizer: equal means the same ids."""
+        digest = hashlib.sha256(self.kind.encode())
+        for name, content in sorted(self._definition().items()):
+            digest.update(f"\0{name}\0{len(content)}\0".encode())
+            digest.update(content)
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes what `load_tokenizer(folder)` needs, and makes the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = self._definition()
+        meta = {"kind": self.kind, "fingerprint": self.fingerprint}
+        meta |= json.loads(files.pop(META, b"{}"))
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+    def piece(self, id: int) -> str:
+        """A readable form of one id: a special's name, its text in quotes, or its bytes."""
+        if id in self.specials:
+            return self.specials[id]
+        data = self._bytes_of(id)
+        try:
+            return repr(data.decode("utf-8"))
+        except UnicodeDecodeError:
+            return repr(data)
+
+    def _bytes_of(self, id: int) -> bytes:
+        return self._pieces[id] if 0 <= id < self.vocab_size else _UNKNOWN_ID
+
+
+class Stream:
+    """Decodes one id at a time, and yields text as soon as no later id can change it.
+
+    The texts of every `push` and of `flush`, joined, are `decode` of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._strip = tokenizer.prefix_bytes > 0
+
+    def push(self, id: int) -> str:
+        data = self._tokenizer._bytes_of(int(id))
+        if self._strip and data:
+            self._strip = False
+            data = data[1:] if data.startswith(b" ") else data
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class BytesTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8, then bos and eos."""
+
+    kind = "bytes"
+
+    def __init__(self):
+        super().__init__(
+            [bytes([b]) for b in range(256)] + [b"", b""],
+            bos_id=256,
+            eos_id=257,
+            pad_id=257,
+            specials={256: "<s>", 257: "</s>"},
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
+
+    def _definition(self) -> dict[str, bytes]:
+        return {}
+
+
+class CharacterTokenizer(Tokenizer):
+    """The characters of a corpus in code point order and nothing else, as nanoGPT's
+    shakespeare_char: no bos, no eos."""
+
+    kind = "characters"
+
+    def __init__(self, characters: Iterable[str]):
+        self._characters = "".join(sorted(set(characters)))
+        if not self._characters:
+            raise UserError("no characters to make a vocabulary of: the training text is empty")
+        self._codes = code_points(self._characters)
+        super().__init__(
+            [c.encode() for c in self._characters], bos_id=None, eos_id=None, pad_id=0, specials={}
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        codes = code_points(text)
+        ids = np.minimum(np.searchsorted(self._codes, codes), self.vocab_size - 1)
+        unknown = np.flatnonzero(self._codes[ids] != codes)
+        if unknown.size:
+            raise UserError(
+                f"{describe(text, int(unknown[0]))} is not among the {self.vocab_size} characters"
+                " of the vocabulary: remove it, or use a tokenizer.kind that knows all text"
+                " (sentencepiece, bytes)"
+            )
+        return ids.astype(np.int32)
+
+    def _definition(self) -> dict[str, bytes]:
+        return {META: json.dumps({"characters": self._characters}).encode()}
+
+
+def utf8(text: str) -> bytes:
+    """The UTF-8 form of `text`.
+
+    Raises:
+      UserError: it holds a lone surrogate, which has none. Replacing it would hide damaged data,
+        and the text would not come back as it was.
+    """
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"{describe(text, e.start)} is half of a surrogate pair and has no UTF-8 form: the"
+            " text was damaged before it came here (cut in the middle of a \\uXXXX\\uXXXX escape,"
+            " or read with a wrong encoding)"
+        ) from None
+
+
+def code_points(text: str) -> np.ndarray:
+    """uint32[len(text)]"""
+    utf8(text)  # UTF-32 has no lone surrogates either; this names the place
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+def describe(text: str, position: int) -> str:
+    """Names a character of `text` and where it stands: position from 0, line and column from 1."""
+    character = text[position]
+    line = text.count("\n", 0, position) + 1
+    column = position - (text.rfind("\n", 0, position) + 1) + 1
+    return (
+        f"the character {character!a} (U+{ord(character):04X}) at position {position}"
+        f" (line {line}, column {column})"
+    )

@@ -1,0 +1,247 @@
+"""Published tokenizers: a Hugging Face `tokenizer.json`, read by the `tokenizers` library."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm_jax.data.tokenizer_base import META, Stream, Tokenizer, utf8
+from lm_jax.errors import UserError
+
+FILE = "tokenizer.json"
+
+# Names to go by where no tokenizer_config.json or special_tokens_map.json says which they are.
+_BOS = ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "[CLS]", "<|endoftext|>")
+_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[SEP]")
+_PAD = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`. Its special tokens are never read out of text: '<|endoftext|>' in a
+    document is spelled like any other word, so that no document can end itself.
+
+    Raises:
+      UserError: `definition` is no tokenizer, or an id is outside its vocabulary.
+    """
+
+    kind = "huggingface"
+
+    def __init__(
+        self, definition: str, bos_id: int | None = None, eos_id: int | None = None, pad_id: int = 0
+    ):
+        self._json = definition
+        self._hf = tokenizer = _parse(definition)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # as text; the name reads otherwise
+        names = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+        if not names:
+            raise UserError("a tokenizer with an empty vocabulary")
+        added = tokenizer.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special}
+        special |= {i for i in (bos_id, eos_id) if i is not None}
+        size = max(names) + 1
+        for name, i in (("bos", bos_id), ("eos", eos_id), ("pad", pad_id)):
+            if i is not None and i not in names:
+                raise UserError(f"the {name} id {i} is not in the vocabulary of {size} ids")
+        self._names = names
+        spell, prefix_bytes = _decoder(tokenizer.decoder)
+        pieces = None
+        if spell:
+            pieces = [b""] * size  # an id without a name stands for nothing
+            for i in names.keys() - special:
+                pieces[i] = spell(names[i], i in added)
+        super().__init__(
+            pieces,
+            vocab_size=size,
+            bos_id=bos_id,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            specials={i: names[i] for i in sorted(special)},
+            prefix_bytes=prefix_bytes,
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        utf8(text)
+        return np.asarray(self._hf.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        if self._pieces is not None:
+            return super().decode(ids)
+        # No table (WordPiece): the library joins the tokens, and drops what it does not know.
+        kept = [i for i in map(int, ids) if i in self._names and i not in self.specials]
+        return self._hf.decode(kept, skip_special_tokens=True)
+
+    def stream(self) -> Stream:
+        return super().stream() if self._pieces is not None else _GrowingStream(self)
+
+    def piece(self, id: int) -> str:
+        return super().piece(id) if self._pieces is not None else self._names.get(id, "")
+
+    def _definition(self) -> dict[str, bytes]:
+        ids = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
+        return {FILE: self._json.encode(), META: json.dumps(ids).encode()}
+
+    def __reduce__(self):
+        return HuggingFaceTokenizer, (self._json, self.bos_id, self.eos_id, self.pad_id)
+
+
+class _GrowingStream(Stream):
+    """For decoders that see whole words: decodes everything again, and yields what grew.
+
+    The last token is held back until another one follows: a decoder may spell it differently at
+    the end, as BPE with a suffix does.
+    """
+
+    def __init__(self, tokenizer: HuggingFaceTokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def push(self, id: int) -> str:
+        before = self._tokenizer.decode(self._ids)
+        self._ids.append(int(id))
+        after = self._tokenizer.decode(self._ids)
+        final = before if after.startswith(before) else self._shown
+        return self._show(final)
+
+    def flush(self) -> str:
+        return self._show(self._tokenizer.decode(self._ids))
+
+    def _show(self, text: str) -> str:
+        new = text[len(self._shown) :] if text.startswith(self._shown) else ""
+        self._shown += new
+        return new
+
+
+def read_tokenizer_json(
+    path: Path, ids: tuple[int | None, int | None, int] | None = None
+) -> HuggingFaceTokenizer:
+    """Reads a `tokenizer.json`, and finds the ids of bos, eos and padding where not given.
+
+    They are what tokenizer_config.json says, else special_tokens_map.json, both beside it, else the
+    first well-known name in the vocabulary. A token that one of them sets to null is none.
+
+    Raises:
+      UserError: a file is not what its name says.
+    """
+    try:
+        definition = path.read_text(encoding="utf-8")
+        json.loads(definition)
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not JSON, so not a Hugging Face tokenizer") from None
+    try:
+        tokenizer = HuggingFaceTokenizer(definition, *(ids or ()))
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    if ids:
+        return tokenizer
+    config = _beside(path, "special_tokens_map.json") | _beside(path, "tokenizer_config.json")
+    known_ids = {name: i for i, name in tokenizer._names.items()}
+
+    def find(keys: tuple[str, ...], known: tuple[str, ...]) -> int | None:
+        if stated := [config[key] for key in keys if key in config]:
+            token = next((value for value in stated if value is not None), None)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is not None and token not in known_ids:
+                raise UserError(
+                    f"{path}: '{token}', its {keys[0]} by the files beside it, is not in the"
+                    " vocabulary"
+                )
+            return known_ids.get(token)
+        return next((known_ids[name] for name in known if name in known_ids), None)
+
+    bos = find(("bos_token", "cls_token"), _BOS)
+    eos = find(("eos_token", "sep_token"), _EOS)
+    pad = find(("pad_token",), _PAD)
+    pad = next((i for i in (pad, eos, bos) if i is not None), 0)
+    return HuggingFaceTokenizer(definition, bos, eos, pad)
+
+
+def _beside(path: Path, name: str) -> dict[str, Any]:
+    path = path.with_name(name)
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def _parse(definition: str):
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(definition)
+    except Exception as e:  # the library raises Exception itself
+        reason = str(e).splitlines()[0] if str(e) else repr(e)
+        raise UserError(f"not a tokenizer that the 'tokenizers' library can read: {reason}") from e
+
+
+def _decoder(decoder: Any) -> tuple[Callable[[str, bool], bytes] | None, int]:
+    """Reads a `tokenizers` decoder.
+
+    Returns (spell, prefix_bytes): `spell(token, added)` gives the bytes that a token stands for,
+    wherever it stands; None where there is no such function.
+    """
+    if decoder is None:
+        return None, 0
+    spec = json.loads(decoder.__getstate__())
+    steps = spec["decoders"] if spec["type"] == "Sequence" else [spec]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return _byte_level, 0
+    if kinds == ["Metaspace"]:
+        space = steps[0]["replacement"]
+        prefix = steps[0]["prepend_scheme"] != "never"
+        return lambda token, added: token.replace(space, " ").encode(), int(prefix)
+    # Llama 2 and Gemma: Replace, ByteFallback, Fuse and maybe Strip, in this order.
+    if not kinds or set(kinds) - {"Replace", "ByteFallback", "Fuse", "Strip"}:
+        return None, 0
+    replaced, prefix_bytes, fused = [], 0, False
+    for step in steps:
+        if step["type"] == "Replace":
+            if fused or "String" not in step["pattern"]:
+                return None, 0
+            replaced.append((step["pattern"]["String"], step["content"]))
+        elif step["type"] == "Fuse":
+            fused = True
+        elif step["type"] == "Strip":
+            if not fused or step["content"] != " " or step["start"] > 1 or step["stop"]:
+                return None, 0
+            prefix_bytes = step["start"]
+    fallback = "ByteFallback" in kinds
+
+    def spell(token: str, added: bool) -> bytes:
+        if fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            try:
+                return bytes([int(token[3:5], 16)])
+            except ValueError:
+                pass
+        for old, new in replaced:
+            token = token.replace(old, new)
+        return token.encode()
+
+    return spell, prefix_bytes
+
+
+def _byte_level(token: str, added: bool) -> bytes:
+    if added or any(c not in _BYTES for c in token):
+        return token.encode()
+    return bytes(_BYTES[c] for c in token)
+
+
+def _byte_characters() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary (Radford et al. 2019):
+    its own where Latin-1 prints one, else the next from U+0100 on."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in printed]
+    return {chr(b): b for b in printed} | {chr(0x100 + n): b for n, b in enumerate(rest)}
+
+
+_BYTES = _byte_characters()
