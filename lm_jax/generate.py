@@ -1,0 +1,106 @@
+"""Continues prompts with a trained model: python -m lm_jax.generate --workdir=DIR"""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+
+from absl import flags
+
+from lm_jax import cli
+from lm_jax.errors import UserError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.")
+STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.", lower_bound=0)
+PROMPT = flags.DEFINE_multi_string(
+    "prompt", [], "Text to continue; may be repeated. Default: none, the model begins a document."
+)
+PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file", None, "More prompts: one a line, or (.jsonl) objects with the key 'prompt'."
+)
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "The most to generate a prompt.", 1)
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0: always the most probable token.")
+TOP_K = flags.DEFINE_integer("top_k", 50, "Draw from the so many most probable tokens; 0: all.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens of this mass; 1: all.")
+MIN_P = flags.DEFINE_float("min_p", 0.0, "Draw from tokens this probable next to the best; 0: all.")
+REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Above 1: tokens that were there before become less probable."
+)
+STOP = flags.DEFINE_multi_string("stop", [], r"Ends the text; may be repeated. \n is a line end.")
+SEED = flags.DEFINE_integer("seed", 0, "The same seed draws the same text.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts at a time.", 1)
+TENSOR = flags.DEFINE_integer("tensor", 1, "Devices to split the model over.", 1)
+OUTPUT = flags.DEFINE_string("output", None, "A new file for the results, as JSON lines.")
+STREAM = flags.DEFINE_bool(
+    "stream", None, "Show text while it is generated; default: for one prompt and no --output."
+)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    if not WORKDIR.value:
+        raise UserError("which run? give --workdir=DIR, the folder that training wrote")
+    from lm_jax.generation.prompts import read_prompts
+
+    prompts = PROMPT.value + (read_prompts(PROMPT_FILE.value) if PROMPT_FILE.value else [])
+    prompts = prompts or [""]
+    stream = (len(prompts) == 1 and not OUTPUT.value) if STREAM.value is None else STREAM.value
+    if stream and len(prompts) > 1:
+        raise UserError(f"--stream shows one prompt at a time, and there are {len(prompts)}")
+    if OUTPUT.value:
+        _check_output(OUTPUT.value)
+    import jax
+
+    from lm_jax.config import MeshConfig
+    from lm_jax.generation.decoding import Generator
+    from lm_jax.generation.sampling import Sampling
+    from lm_jax.sharding.mesh import make_mesh
+    from lm_jax.training.checkpoint import load_for_inference
+
+    sampling = Sampling(
+        TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, REPETITION_PENALTY.value
+    ).validate()
+    if TENSOR.value > jax.device_count():
+        raise UserError(f"--tensor={TENSOR.value}: this machine has {jax.device_count()} device(s)")
+    mesh = make_mesh(MeshConfig(data=1, tensor=TENSOR.value), jax.devices()[: TENSOR.value])
+    model, _, tokenizer = load_for_inference(WORKDIR.value, mesh, step=STEP.value)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows '?'
+    if stream:
+        print(prompts[0], end="", flush=True)
+    with jax.set_mesh(mesh):
+        completions = Generator(model, tokenizer).generate(
+            prompts,
+            max_tokens=MAX_TOKENS.value,
+            sampling=sampling,
+            seed=SEED.value,
+            stop=[_unescaped(s) for s in STOP.value],
+            on_text=(lambda row, text: print(text, end="", flush=True)) if stream else None,
+            batch_size=BATCH_SIZE.value,
+        )
+    if stream:
+        print()
+    if OUTPUT.value:
+        with open(OUTPUT.value, "x", encoding="utf-8") as f:
+            for c in completions:
+                f.write(json.dumps(dataclasses.asdict(c), ensure_ascii=False) + "\n")
+        print(f"wrote {len(completions)} completion(s) to {OUTPUT.value}", file=sys.stderr)
+    elif not stream:
+        print(f"\n{'-' * 40}\n".join(c.prompt + c.text for c in completions))
+
+
+def _check_output(path: str) -> None:
+    """Raises before any work is done, and not after."""
+    if os.path.exists(path):
+        raise UserError(f"--output: '{path}' is there already: name another file or remove it")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise UserError(f"--output: there is no folder '{os.path.dirname(path)}'")
+
+
+def _unescaped(text: str) -> str:
+    known = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\(.)", lambda m: known.get(m[1], m[0]), text)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,303 @@
+"""Text generation: a prefill of all prompts at once, then a token a step for every row.
+
+B rows, T prompt length, S cache slots, V vocabulary, D width.
+
+Prompts are padded on the right; a row's token at position p stands in slot p of the cache. What
+padding leaves in a slot is overwritten by the real token of that position, in the same step in
+which that token is first seen, and later tokens look no further than their own slot.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm_jax.errors import UserError
+from lm_jax.generation.sampling import Knobs, Sampling, next_tokens, row_keys
+from lm_jax.generation.text import TextStream
+from lm_jax.model.cache import Cache, init_cache
+from lm_jax.model.transformer import Transformer
+from lm_jax.sharding.mesh import activation_spec, batch_shards, reshard
+
+DEFAULT = Sampling()
+_SMALLEST_BUCKET = 32  # tokens; shorter prompts and caches would save next to nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What followed a prompt.
+
+    Attributes:
+      text: without the prompt, the stop string, and what comes after it.
+      tokens: every id that was drawn, the eos or the last one of a stop string included.
+      finish_reason: 'eos', 'stop', or 'length': `max_tokens` or the model's longest sequence.
+    """
+
+    prompt: str
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+
+
+class State(NamedTuple):
+    """What one step leaves to the next, and is donated to it."""
+
+    cache: Cache
+    seen_BV: jax.Array | None  # bool; only where there is a repetition penalty
+
+
+class Rows(NamedTuple):
+    """The small part of the input of a step; only the first two change."""
+
+    token_B: jax.Array  # int32, the newest token: in the sequence, not yet in the cache
+    position_B: jax.Array  # int32, its position
+    row_B: jax.Array  # int32, the index of its prompt
+    seed: jax.Array  # uint32
+    knobs: Knobs
+
+
+class Generator:
+    """Continues prompts.
+
+    Inside `jax.set_mesh` it works on that mesh, otherwise on one device. Making one costs nothing:
+    what is compiled is shared by all of them.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Any):
+        """
+        Args:
+          model: on the mesh, if there is one.
+          tokenizer: see `lm_jax.data.tokenizer_base.Tokenizer`.
+
+        Raises:
+          UserError: the model or its vocabulary cannot be used for this.
+        """
+        config = model.config
+        if not config.causal:
+            raise UserError(
+                "model.causal = False: this model fills in masked tokens and cannot continue text"
+            )
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, but model.vocab_size ="
+                f" {config.vocab_size}: they do not belong together"
+            )
+        self.model, self.tokenizer = model, tokenizer
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int,
+        sampling: Sampling = DEFAULT,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        on_text: Callable[[int, str], None] | None = None,
+        batch_size: int = 8,
+    ) -> list[Completion]:
+        """Continues each prompt until eos, a stop string, or a limit.
+
+        A result depends on the prompt, its index, the seed and the sampling alone, not on the
+        prompts beside it or on `batch_size` (up to rounding: a batch of another shape may be
+        summed in another order).
+
+        Args:
+          max_tokens: the most to generate for each prompt; the model's longest sequence, prompt
+            included, is a limit too.
+          stop: strings that end the text.
+          on_text: called with (index of the prompt, next part of its text) as soon as that part is
+            certain; the parts add up to `Completion.text`.
+          batch_size: prompts at a time.
+
+        Raises:
+          UserError: an argument is out of range; a prompt is empty where the tokenizer has no
+            token to begin with, or so long that nothing can follow.
+        """
+        sampling.validate()
+        for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"{name}: must be at least 1, not {value}")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed: must be from 0 to 2**32 - 1, not {seed}")
+        if any(not s for s in stop):
+            raise UserError("stop: an empty stop string would end every text at once")
+        rows = [
+            self._row(i, prompt, len(prompts), max_tokens, stop) for i, prompt in enumerate(prompts)
+        ]
+        shards = _batch_shards()
+        B = -(-min(batch_size, len(rows)) // shards) * shards  # the same for the last, smaller one
+        for first in range(0, len(rows), batch_size):
+            self._run(rows[first : first + batch_size], B, sampling.knobs(), seed, on_text)
+        return [row.completion() for row in rows]
+
+    def _row(
+        self, index: int, prompt: str, count: int, max_tokens: int, stop: Sequence[str]
+    ) -> "_Row":
+        """A prompt as ids, with the token that begins a document before it."""
+        which = f"prompt {index + 1} of {count}" if count > 1 else "the prompt"
+        t, limit = self.tokenizer, self.model.config.max_length
+        try:
+            ids = t.encode(prompt)
+        except UserError as e:
+            raise UserError(f"{which}: {e}") from None
+        begin = t.bos_id if t.bos_id is not None else t.eos_id  # GPT-2 begins with its eos
+        if begin is not None:
+            ids = np.concatenate([[begin], ids])
+        if not len(ids):
+            raise UserError(
+                f"{which} is empty, and this tokenizer has no token that begins a text: give some"
+            )
+        if len(ids) >= limit:
+            raise UserError(
+                f"{which} has {len(ids)} tokens, and the model takes {limit} (model.max_length),"
+                f" generated ones included: shorten it to {limit - 1} or fewer"
+            )
+        budget = min(max_tokens, limit - len(ids))
+        return _Row(index, prompt, ids, TextStream(t.stream(), ids, stop), budget, t.eos_id)
+
+    def _run(
+        self,
+        active: "list[_Row]",
+        B: int,
+        knobs: Knobs,
+        seed: int,
+        on_text: Callable[[int, str], None] | None,
+    ) -> None:
+        """Completes some prompts, side by side in the first of `B` rows; the others are idle."""
+        limit, vocab_size = self.model.config.max_length, self.tokenizer.vocab_size
+        longest = max(len(row.ids) for row in active)
+        most = max(row.budget for row in active)
+        tokens_BT = np.zeros((B, min(_bucket(longest), limit)), np.int32)
+        lengths_B, index_B = np.ones(B, np.int32), np.zeros(B, np.int32)
+        seen_BV = None
+        if knobs.repetition_penalty is not None:
+            seen_BV = np.zeros((B, self.model.config.vocab_size), bool)
+        for r, row in enumerate(active):
+            lengths_B[r], index_B[r] = len(row.ids), row.index
+            tokens_BT[r, : len(row.ids)] = row.ids
+            if seen_BV is not None:
+                seen_BV[r, row.ids] = True
+        newest, state = prefill(
+            self.model,
+            tokens_BT,
+            Rows(np.zeros(B, np.int32), lengths_B, index_B, np.uint32(seed), knobs),
+            seen_BV,
+            slots=min(_bucket(longest + most), limit),
+            vocab_size=vocab_size,
+        )
+        for n in range(most):
+            # The next step is on its way before this one's tokens are waited for.
+            drawn_B = newest.token_B
+            if n + 1 < most:
+                newest, state = step(self.model, newest, state, vocab_size=vocab_size)
+            for row, token in zip(active, jax.device_get(drawn_B).tolist()):
+                if row.finish_reason is None and (text := row.take(token)) and on_text:
+                    on_text(row.index, text)
+            if all(row.finish_reason for row in active):
+                break
+
+
+@dataclasses.dataclass
+class _Row:
+    """A prompt in the making."""
+
+    index: int
+    prompt: str
+    ids: np.ndarray  # int32 [n], n > 0
+    stream: TextStream
+    budget: int  # tokens to generate at most
+    eos_id: int | None
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+
+    def take(self, token: int) -> str:
+        """Adds a token, and returns the text that has become certain."""
+        self.tokens.append(token)
+        text = ""
+        if token == self.eos_id:
+            self.finish_reason = "eos"
+        else:
+            text = self.stream.push(token)
+            if len(self.tokens) >= self.budget:
+                self.finish_reason = "length"
+        if self.finish_reason:
+            text += self.stream.finish()
+        if self.stream.stopped:  # by this token, or by the half character that it leaves
+            self.finish_reason = "stop"
+        return text
+
+    def completion(self) -> Completion:
+        return Completion(self.prompt, self.stream.text, tuple(self.tokens), self.finish_reason)
+
+
+def _batch_shards() -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else batch_shards(mesh)
+
+
+def _bucket(n: int) -> int:
+    """The power of two to compile for."""
+    return max(_SMALLEST_BUCKET, 1 << (n - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "vocab_size"))
+def prefill(
+    model: Transformer,
+    tokens_BT: jax.Array,
+    rows: Rows,
+    seen_BV: jax.Array | None,
+    *,
+    slots: int,
+    vocab_size: int,
+) -> tuple[Rows, State]:
+    """Reads the prompts and draws the first token after each.
+
+    Args:
+      tokens_BT: int32, padded on the right with whatever there is.
+      rows: `position_B` holds the lengths of the prompts, where their first new tokens go;
+        `token_B` is not used.
+      seen_BV: bool, the tokens of each prompt, for the penalty.
+      slots: of the cache, at least T.
+    """
+    B, T = tokens_BT.shape
+    tokens_BT = reshard(tokens_BT, activation_spec("batch", "length"))
+    # Attention over the prompt alone, not over the empty slots that follow.
+    x_BTD, cache = model(tokens_BT, cache=init_cache(model.config, B, T))
+    empty = ((0, 0), (0, 0), (0, slots - T), (0, 0), (0, 0))
+    cache = jax.tree.map(lambda x_LBTKH: jnp.pad(x_LBTKH, empty), cache)
+    last_B1 = reshard(rows.position_B, activation_spec("batch"))[:, None] - 1
+    is_last_BT = jnp.arange(T)[None] == last_B1
+    # A sum of one term; an index into a sharded batch would gather the batch.
+    x_BD = jnp.sum(jnp.where(is_last_BT[:, :, None], x_BTD, 0), axis=1)
+    state = State(cache, None)
+    return _draw(model, x_BD, rows, state, rows.position_B, seen_BV, vocab_size)
+
+
+@functools.partial(jax.jit, static_argnames=("vocab_size",), donate_argnames=("state",))
+def step(model: Transformer, rows: Rows, state: State, *, vocab_size: int) -> tuple[Rows, State]:
+    """Puts the newest token of each row in the cache and draws the one after it."""
+    token_B1 = reshard(rows.token_B, activation_spec("batch"))[:, None]
+    position_B1 = reshard(rows.position_B, activation_spec("batch"))[:, None]
+    x_B1D, cache = model(token_B1, positions_BT=position_B1, cache=state.cache)
+    # Rows that are done go on, unheard, in the last slot.
+    position_B = jnp.minimum(rows.position_B + 1, cache.length - 1)
+    seen_BV = state.seen_BV
+    return _draw(model, x_B1D[:, 0], rows, State(cache, None), position_B, seen_BV, vocab_size)
+
+
+def _draw(model, x_BD, rows, state, position_B, seen_BV, vocab_size):
+    logits_BV = model.logits(x_BD[:, None])[:, 0]
+    batch = activation_spec("batch")
+    keys_B = row_keys(rows.seed, reshard(rows.row_B, batch), reshard(position_B, batch))
+    if seen_BV is not None:
+        seen_BV = reshard(seen_BV, activation_spec("batch", None))
+    token_B = next_tokens(logits_BV, rows.knobs, keys_B, seen_BV, vocab_size)
+    if seen_BV is not None:
+        seen_BV |= token_B[:, None] == jnp.arange(seen_BV.shape[1])[None]
+    # On every device, and so on every host: each reads all tokens.
+    token_B = reshard(token_B, activation_spec(None))
+    return rows._replace(token_B=token_B, position_B=position_B), state._replace(seen_BV=seen_BV)
