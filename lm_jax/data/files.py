@@ -1,4 +1,4 @@
-"""Which files a source string means, and reading them: folders, globs, gzip and the user's Python."""
+"""Which files a source string means, and how they are read."""
 
 import difflib
 import functools

@@ -3,9 +3,9 @@
 There are `DataConfig.lanes` lanes. Lane l reads every lanes-th document of the shuffled, repeated
 corpus, from the l-th on, and packs them into rows of its own. With R = batch_size / lanes, rows
 l R to (l + 1) R of each global batch are the next R rows of lane l. Process p of P owns lanes
-p lanes / P to (p + 1) lanes / P, so its rows are one block of the global batch, and the global batch
-is the same whatever P is. Within a process the lanes are dealt to a thread or to worker processes,
-which changes nothing either.
+p lanes / P to (p + 1) lanes / P, so its rows are one block of the global batch, and that batch is
+the same whatever P is. Within a process a thread or worker processes read the lanes, which changes
+nothing either.
 """
 
 import json
@@ -224,7 +224,7 @@ class Stream(Iterator[Batch]):
 class _Blocks(grain.IterDataset):
     """Blocks of rows of a set of lanes, each with the lanes' state after it.
 
-    The state travels with the rows, so it is that of what was consumed, however much was read ahead.
+    The state travels with the rows: it is that of what was consumed, however much is read ahead.
     """
 
     def __init__(

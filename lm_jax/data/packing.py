@@ -7,6 +7,7 @@ target, a document may be cut anywhere and each token after its first is a targe
 Shapes: P pairs of a document or piece, T pairs of a row (`DataConfig.length`), B rows of a block.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ PAIRS, SEGMENTS, POSITIONS = "pairs", "pairs_segment_ids", "pairs_positions"  # 
 
 
 def with_ends(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    """[bos] + ids + [eos] as int32; eos stands in for a missing bos, as in GPT-2's training data."""
+    """[bos] + ids + [eos] as int32; eos stands in for a missing bos, as for GPT-2."""
     bos = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     front = [] if bos is None else [bos]
     back = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
@@ -126,14 +127,14 @@ class FlatText:
     """All documents as one array of tokens, from which 'crop' takes windows (as nanoGPT does).
 
     Several documents are separated by eos, which belongs to the document that it opens. Where the
-    tokenizer has none, the last token of a document has no target.
+    tokenizer has none, the last token of a document has no target, unless rows attend across.
     """
 
     def __init__(self, documents: Sequence[str], tokenizer: Tokenizer, config: DataConfig):
         small = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
         several = len(documents) > 1
         eos = [] if tokenizer.eos_id is None or not several else [tokenizer.eos_id]
-        self.separated = bool(eos) or not several
+        self.crosses = bool(eos) or not several or config.attend_across_documents
         parts, starts, total = [], [], 0
         for text in documents:
             ids = tokenizer.encode(text).astype(small) if text else np.zeros(0, small)
@@ -160,10 +161,10 @@ class FlatText:
         here = np.searchsorted(self.starts, [start, start + count], side="right")
         inside = self.starts[here[0] : here[1]] - start
         edges = [0, *(int(s) for s in inside if s < count), count]
-        for segment, (a, b) in enumerate(zip(edges, edges[1:], strict=False), 1):
+        for segment, (a, b) in enumerate(itertools.pairwise(edges), 1):
             segments_T[a:b] = segment
             positions_T[a:b] = np.arange(b - a)
-        if not self.separated:  # the last token of a document precedes a stranger
+        if not self.crosses:  # what follows a document's last token is another document
             segments_T[inside - 1] = 0
             positions_T[inside - 1] = 0
         return {PAIRS: pairs_T2, SEGMENTS: segments_T, POSITIONS: positions_T}

@@ -147,6 +147,10 @@ class JsonLines(Spans):
         value = record[self.key]
         if not isinstance(value, str):
             return self._bad(i, f"'{self.key}' must be a string, not {_kind(value)}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # \\ud800 without its other half is JSON, but no text
+            return self._bad(i, f"'{self.key}' holds half of a surrogate pair")
         return value
 
     def _bad(self, i: int, why: str) -> str:
@@ -267,13 +271,13 @@ class Tfds(Sequence):
     def __init__(self, name: str, splits: Sequence[str], key: str, errors: Errors):
         """`splits`: the names that will do, best first."""
         self.name, self.key, self.errors = name, key, errors
-        self.split = ""
-        self._records: Any = None
         builder = _tfds_builder(name)
         features = list(builder.info.features or ())
         if key not in features:
             there = ", ".join(features)
-            raise UserError(f"tfds:{name}: no feature '{key}'; features: {there}. Set data.text_key")
+            raise UserError(
+                f"tfds:{name}: no feature '{key}'; features: {there}. Set data.text_key"
+            )
         there = [s for s in builder.info.splits if builder.info.splits[s].num_examples]
         self.split = next((s for s in splits if s in there), "")
         if not self.split:
@@ -281,6 +285,13 @@ class Tfds(Sequence):
                 f"tfds:{name}: no split {' or '.join(splits)}; splits: {', '.join(there) or 'none'}"
             )
         self._length = builder.info.splits[self.split].num_examples
+        try:
+            self._records = builder.as_data_source(split=self.split)
+        except NotImplementedError:
+            raise UserError(
+                f"tfds:{name}: prepared as {builder.info.file_format.value}, which has no random "
+                "access; prepare it again with file_format='array_record', in another TFDS_DATA_DIR"
+            ) from None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_records": None}  # a worker process opens the files itself
@@ -314,7 +325,10 @@ def _tfds_builder(name: str) -> Any:
         builder = tfds.builder(name, file_format=tfds.core.FileFormat.ARRAY_RECORD)
     except (tfds.core.DatasetNotFoundError, ValueError) as e:
         first = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f"tfds:{name}: no such data set in {folder} or in TFDS: {first}") from None
+        raise UserError(
+            f"tfds:{name}: no such data set in {folder} or in TFDS: {first} Set TFDS_DATA_DIR to "
+            "the folder that holds it, or make one of local files with lm_jax.data.tfds_text"
+        ) from None
     if not builder.data_path.exists():
         raise UserError(
             f"tfds:{name}: not prepared in {folder}. Prepare it once with: python -c "

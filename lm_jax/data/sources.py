@@ -77,8 +77,13 @@ def documents(config: DataConfig, split: Split) -> Sequence[str]:
     return parts[0] if len(parts) == 1 else Documents(parts, Errors(config.on_error))
 
 
+def all_documents(config: DataConfig) -> Sequence[str]:
+    """The documents of all sources, before any is held out for validation."""
+    return _open(config.sources, config, ("train",))
+
+
 def by_source(config: DataConfig, split: Split) -> list[Sequence[str]]:
-    """As `documents`, but each source that has a weight by itself; a list of one without weights."""
+    """As `documents`, but one sequence for each source that has a weight; without weights, one."""
     if split == "validation" and config.validation_sources:
         return [_open(config.validation_sources, config, ("validation", "test", "train"))]
     groups = [(s,) for s in config.sources] if config.weights else [config.sources]
@@ -115,7 +120,8 @@ def _open(sources: Sequence[str], config: DataConfig, tfds_splits: Sequence[str]
     if not len(found):
         summary = errors.summary()
         raise UserError(
-            f"data source '{', '.join(sources)}': no documents" + (f" ({summary})" if summary else "")
+            f"data source '{', '.join(sources)}': no documents"
+            + (f" ({summary})" if summary else "")
         )
     return found
 
