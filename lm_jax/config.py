@@ -42,7 +42,7 @@ class RopeScaling:
 class ModelConfig:
     """The Transformer. The defaults are GPT-2 124M's (Radford et al. 2019)."""
 
-    vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 128
+    vocab_size: int | None = None  # None: the tokenizer's; above 1024, a multiple of 128
     layers: int = 12
     width: int = 768
     heads: int = 12

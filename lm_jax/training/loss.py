@@ -1,0 +1,99 @@
+"""Cross-entropy over the vocabulary, in float32 and in chunks of positions.
+
+B batch, T length, C positions of a chunk, D width, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax.model.transformer import Transformer, logits_of
+
+# Logits that one device holds at a time where the chunk is left to be chosen: 2^25 float32 numbers,
+# 128 MiB, and as much again for their gradient.
+LOGITS_A_DEVICE = 2**25
+
+
+class LossSums(NamedTuple):
+    """Sums over the positions that count; each is a float32 scalar."""
+
+    nll: jax.Array  # negative log-likelihood, in nats
+    z: jax.Array  # log(Z)^2
+    weight: jax.Array  # positions
+
+
+def chunk_length(length: int, rows: int, vocab: int) -> int:
+    """The largest divisor of `length` whose logits stay under `LOGITS_A_DEVICE`."""
+    fits = [
+        c for c in range(1, length + 1) if length % c == 0 and rows * c * vocab <= LOGITS_A_DEVICE
+    ]
+    return max(fits, default=1)
+
+
+def cross_entropy(
+    x_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    chunk: int | None = None,
+) -> LossSums:
+    """Weighted sums of -log p(target) and of log(Z)^2.
+
+    With a chunk, logits exist for `chunk` positions of each row at a time and are computed again
+    for the gradient, so that [B, T, V] is never held.
+
+    Args:
+      x_BTD: the model's hidden states.
+      weights_BT: float32; 0 leaves a position out.
+      chunk: divides T; None: all at once.
+    """
+    T = x_BTD.shape[1]
+    if chunk is None or chunk == T:
+        return _sums(x_BTD, head_DV, targets_BT, weights_BT)
+    if T % chunk:
+        raise ValueError(f"chunks of {chunk} do not divide {T} positions")
+
+    def chunks_first(x):
+        return jnp.moveaxis(x.reshape(x.shape[0], T // chunk, chunk, *x.shape[2:]), 1, 0)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, _sums(part[0], head_DV, *part[1:])), None
+
+    zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
+    parts = tuple(map(chunks_first, (x_BTD, targets_BT, weights_BT)))
+    return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zero, parts)[0]
+
+
+def _sums(x_BTD, head_DV, targets_BT, weights_BT) -> LossSums:
+    logits_BTV = logits_of(x_BTD, head_DV)
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    # A masked sum and no gather: it stays local where the vocabulary is sharded.
+    is_target_BTV = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[:, :, None]
+    target_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
+    return LossSums(
+        nll=jnp.sum((log_z_BT - target_BT) * weights_BT),
+        z=jnp.sum(jnp.square(log_z_BT) * weights_BT),
+        weight=jnp.sum(weights_BT),
+    )
+
+
+def batch_loss(
+    model: Transformer,
+    batch: dict[str, jax.Array],
+    *,
+    chunk: int | None = None,
+    dropout_key: jax.Array | None = None,
+) -> LossSums:
+    """The sums for a batch of packed rows: int32 [B, T] `inputs`, `targets`, `segments` and
+    `positions`, float32 `weights`."""
+    x_BTD, _ = model(
+        batch["inputs"],
+        positions_BT=batch["positions"],
+        segments_BT=batch["segments"],
+        dropout_key=dropout_key,
+    )
+    return cross_entropy(
+        x_BTD, model.head_weight(), batch["targets"], batch["weights"], chunk=chunk
+    )

@@ -1,0 +1,155 @@
+"""The train step: (state, batch) -> (state, metrics), a pure function.
+
+A batch is a dict of packed rows, see `lm_jax.training.loss.batch_loss`. Gradients come from
+micro-batches run one after the other; each is weighted by the tokens of the whole batch, so that
+accumulation changes memory and nothing else.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lm_jax.config import Config, ModelConfig
+from lm_jax.model import parameters as params_lib
+from lm_jax.model.parameters import Parameters
+from lm_jax.model.transformer import Transformer
+from lm_jax.sharding.mesh import activation_spec, reshard
+from lm_jax.training.loss import LossSums, batch_loss, chunk_length
+from lm_jax.training.optimizer import make_optimizer, make_schedule
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # int32, updates done
+    parameters: Parameters
+    optimizer: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Everything that is fixed during a run; its methods are what gets jitted."""
+
+    skeleton: Transformer  # the module with abstract arrays
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    seed: int
+    accumulation: int
+    z_loss: float
+    chunk: int | None
+
+    def init(self) -> TrainState:
+        """A fresh state; a function of the seed alone, whatever the mesh."""
+        key = jax.random.key(self.seed)
+        model = Transformer(self.skeleton.config, jax.random.fold_in(key, 0))
+        return self.init_from(params_lib.split(model))
+
+    def init_from(self, parameters: Parameters) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), parameters, self.optimizer.init(parameters))
+
+    def train(
+        self, state: TrainState, batch: dict[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update. The dropout of a step depends on (seed, step) alone."""
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), 1), state.step)
+        tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+
+        def loss(parameters, micro_batch, key):
+            model = params_lib.bind(self.skeleton, parameters)
+            sums = batch_loss(model, micro_batch, chunk=self.chunk, dropout_key=key)
+            return (sums.nll + self.z_loss * sums.z) / tokens, sums
+
+        def add(total, inputs):
+            micro_batch, index = inputs
+            got = jax.grad(loss, has_aux=True)(
+                state.parameters, micro_batch, jax.random.fold_in(key, index)
+            )
+            return jax.tree.map(jnp.add, total, got), None
+
+        if self.accumulation == 1:
+            gradients, sums = jax.grad(loss, has_aux=True)(
+                state.parameters, batch, jax.random.fold_in(key, 0)
+            )
+        else:
+            zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
+            zeros = jax.tree.map(jnp.zeros_like, state.parameters), zero
+            inputs = self._micro_batches(batch), jnp.arange(self.accumulation)
+            (gradients, sums), _ = jax.lax.scan(add, zeros, inputs)
+
+        parameters, optimizer = self._update(gradients, state)
+        metrics = {
+            "loss": sums.nll / tokens,
+            "gradient_norm": optax.tree.norm(gradients),
+            "learning_rate": self.schedule(state.step),
+            "tokens": sums.weight,
+        }
+        if self.z_loss:
+            metrics["z_loss"] = self.z_loss * sums.z / tokens
+        return TrainState(state.step + 1, parameters, optimizer), metrics
+
+    def _update(self, gradients: Parameters, state: TrainState):
+        def update(gradients, optimizer, parameters):
+            updates, optimizer = self.optimizer.update(gradients, optimizer, parameters)
+            return optax.apply_updates(parameters, updates), optimizer
+
+        if not jax.sharding.get_abstract_mesh().empty:
+            # Optimizers know nothing of explicit shardings: inside, the compiler propagates them;
+            # what comes out is sharded as what went in.
+            specs = jax.tree.map(
+                lambda x: jax.typeof(x).sharding.spec, (state.parameters, state.optimizer)
+            )
+            update = jax.sharding.auto_axes(update, out_sharding=specs)
+        return update(gradients, state.optimizer, state.parameters)
+
+    def _micro_batches(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """[B, T] -> [A, B / A, T]. Micro-batch a takes every A-th row from a on, so that a device
+        keeps the rows it has."""
+
+        def split(x_BT):
+            x = x_BT.reshape(-1, self.accumulation, x_BT.shape[1])
+            return reshard(jnp.moveaxis(x, 1, 0), activation_spec(None, "batch", "length"))
+
+        return jax.tree.map(split, batch)
+
+    def evaluate(
+        self, parameters: Parameters, batch: dict[str, jax.Array], byte_lengths: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Sums over a batch, float32: `nll` in nats, `tokens`, and `bytes` of text predicted."""
+        model = params_lib.bind(self.skeleton, parameters)
+        sums = batch_loss(model, batch, chunk=self.chunk)
+        counted = byte_lengths.at[batch["targets"]].get(
+            out_sharding=activation_spec("batch", "length")
+        )
+        return {
+            "nll": sums.nll,
+            "tokens": sums.weight,
+            "bytes": jnp.sum(counted.astype(jnp.float32) * batch["weights"]),
+        }
+
+
+def skeleton_of(config: ModelConfig) -> Transformer:
+    """The module with abstract arrays in place of parameters."""
+    return jax.eval_shape(functools.partial(Transformer, config), jax.random.key(0))
+
+
+def make_step(config: Config, batch_shards: int = 1) -> Step:
+    """The step of a validated config whose `model.vocab_size` is set.
+
+    Args:
+      batch_shards: devices that the rows of a batch are spread over.
+    """
+    training, rows = config.training, config.data.batch_size // config.training.accumulation
+    chunk = training.loss_chunk or chunk_length(
+        config.data.length, max(1, rows // batch_shards), config.model.vocab_size
+    )
+    return Step(
+        skeleton=skeleton_of(config.model),
+        optimizer=make_optimizer(config.optimizer, training.steps),
+        schedule=make_schedule(config.optimizer, training.steps),
+        seed=training.seed,
+        accumulation=training.accumulation,
+        z_loss=training.z_loss,
+        chunk=chunk,
+    )
