@@ -1,0 +1,46 @@
+"""Model FLOPs of a training token, and the peak of the device it runs on.
+
+Convention: 6 FLOPs for each parameter of a matrix product (2 forward, 4 backward; the head counts,
+embedding look-ups, norms and biases do not), plus attention's two products, halved where a causal
+mask lets half of them be skipped (Kaplan et al. 2020; PaLM, appendix B). Rematerialization and
+padding do not count: MFU is useful work over peak.
+"""
+
+import math
+
+from lm_jax.config import ModelConfig
+
+# Dense bf16 FLOP/s of one device, by a part of jax's device_kind. From the vendors' data sheets.
+_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p
+    "TPU v6": 918e12,
+    "TPU7x": 2307e12 / 2,  # a device is one of a chip's two cores
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L4": 121e12,
+}
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Parameters of matrix products, the head among them."""
+    c = config
+    attention = 2 * c.width * (c.heads + c.kv_heads) * c.head_width
+    mlp = (3 if c.gated_mlp else 2) * c.width * c.mlp_width
+    return c.layers * (attention + mlp) + c.width * c.vocab_size
+
+
+def training_flops_per_token(config: ModelConfig, length: int) -> float:
+    """FLOPs, forward and backward, of a token in a row of `length` tokens."""
+    c = config
+    attention = 12 * c.layers * c.heads * c.head_width * length
+    return 6 * matrix_parameters(c) + attention / (2 if c.causal else 1)
+
+
+def peak_flops(device_kind: str) -> float:
+    """Dense bf16 FLOP/s of one device; nan where it is not known (a CPU, say)."""
+    return next((peak for part, peak in _PEAKS.items() if part in device_kind), math.nan)

@@ -1,0 +1,186 @@
+"""Checkpoints: asynchronous and atomic, through orbax; parameters, optimizer and place in the data.
+
+A checkpoint is a folder of three items: 'parameters' (a flat dict by name), 'optimizer' (with the
+step) and 'data' (JSON: the state of each lane of the input stream). Arrays are stored whole,
+whatever the mesh, and restored onto any other.
+"""
+
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from lm_jax.config import CheckpointConfig, Config
+from lm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from lm_jax.errors import UserError
+from lm_jax.model import parameters as params_lib
+from lm_jax.model.parameters import Parameters
+from lm_jax.model.transformer import Transformer
+from lm_jax.sharding.mesh import check_parameters
+from lm_jax.training.step import TrainState, skeleton_of
+from lm_jax.training.workdir import read_config, set_vocabulary
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Use as a context: leaving it waits for the last save."""
+
+    def __init__(self, workdir: str, config: CheckpointConfig | None = None):
+        """Opens them for reading, or for writing as well if `config` is given."""
+        self.folder = os.path.join(os.path.abspath(workdir), "checkpoints")
+        options = (
+            ocp.CheckpointManagerOptions(read_only=True)
+            if config is None
+            else ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep,
+                keep_period=config.keep_every,
+                cleanup_tmp_directories=True,  # what a killed save left
+            )
+        )
+        if config is not None:
+            os.makedirs(self.folder, exist_ok=True)
+        elif not os.path.isdir(self.folder):
+            raise UserError(f"there is no checkpoint in '{workdir}'")
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, item_names=("parameters", "optimizer", "data")
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def choose(self, step: int | None) -> int:
+        """`step`, or the newest.
+
+        Raises:
+          UserError: it is not there; the message lists those that are.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"there is no finished checkpoint in '{self.folder}' yet")
+        if step is not None and step not in steps:
+            there = ", ".join(map(str, steps))
+            raise UserError(f"no checkpoint of step {step} in '{self.folder}'; there are {there}")
+        return steps[-1] if step is None else step
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+        """Starts a save; returns when the device's arrays may be overwritten."""
+        rest = {"step": state.step, "state": state.optimizer}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                parameters=ocp.args.StandardSave(state.parameters),
+                optimizer=ocp.args.StandardSave(rest),
+                data=ocp.args.JsonSave(_gather(data)),
+            ),
+        )
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def restore(self, step: int, abstract: TrainState, mesh: Mesh) -> tuple[TrainState, dict]:
+        """The state saved at `step`, sharded as `abstract` is, and the place in the data."""
+        self._check(step, abstract.parameters)
+        rest = {"step": abstract.step, "state": abstract.optimizer}
+        got = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                parameters=ocp.args.StandardRestore(_onto(abstract.parameters, mesh)),
+                optimizer=ocp.args.StandardRestore(_onto(rest, mesh)),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        optimizer = got["optimizer"]
+        return TrainState(optimizer["step"], got["parameters"], optimizer["state"]), got["data"]
+
+    def restore_parameters(self, step: int, abstract: Parameters, mesh: Mesh) -> Parameters:
+        self._check(step, abstract)
+        restore = ocp.args.StandardRestore(_onto(abstract, mesh))
+        return self._manager.restore(step, args=ocp.args.Composite(parameters=restore))[
+            "parameters"
+        ]
+
+    def _check(self, step: int, expected: Parameters) -> None:
+        """Raises UserError naming each parameter that is missing, unknown or of another shape."""
+        found = self._manager.item_metadata(step)["parameters"]
+        found = {k: tuple(v.shape) for k, v in getattr(found, "tree", found).items()}
+        wrong = [
+            f"{name}: expected {expected[name].shape if name in expected else 'nothing'},"
+            f" found {found.get(name, 'nothing')}"
+            for name in sorted(expected.keys() | found.keys())
+            if name not in found or name not in expected or found[name] != expected[name].shape
+        ]
+        if wrong:
+            raise UserError(
+                f"the checkpoint of step {step} in '{self.folder}' is of another model:\n  "
+                + "\n  ".join(wrong)
+            )
+
+
+def _onto(abstract: Any, mesh: Mesh) -> Any:
+    """Abstract arrays with shardings that orbax can restore to."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)
+        ),
+        abstract,
+    )
+
+
+def _gather(states: dict[str, Any]) -> dict[str, Any]:
+    """The lanes of all processes in one dict."""
+    if jax.process_count() == 1:
+        return states
+    mine = np.frombuffer(json.dumps(states).encode(), np.uint8)
+    size = int(multihost_utils.process_allgather(np.array(mine.size)).max())
+    parts = multihost_utils.process_allgather(np.pad(mine, (0, size - mine.size)))
+    merged: dict[str, Any] = {}
+    for part in np.asarray(parts):
+        merged |= json.loads(bytes(part).rstrip(b"\0"))
+    return merged
+
+
+def abstract_parameters(skeleton: Transformer, mesh: Mesh) -> Parameters:
+    """Shapes and shardings of a model's parameters, checked against the mesh.
+
+    Raises:
+      UserError: the mesh does not divide them.
+    """
+    shapes = {name: x.shape for name, x in params_lib.split(skeleton).items()}
+    check_parameters(shapes, params_lib.logical_axes(skeleton), mesh)
+    with jax.set_mesh(mesh):
+        return params_lib.split(skeleton_of(skeleton.config))
+
+
+def load_for_inference(
+    workdir: str, mesh: Mesh, step: int | None = None
+) -> tuple[Transformer, Config, Tokenizer]:
+    """The model of a run, with its config and tokenizer.
+
+    Args:
+      step: which checkpoint; None: the newest.
+
+    Raises:
+      UserError: there is no such run or checkpoint.
+    """
+    config = read_config(workdir)
+    tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
+    set_vocabulary(config, tokenizer)
+    skeleton = skeleton_of(config.model)
+    with Checkpoints(workdir) as checkpoints:
+        parameters = checkpoints.restore_parameters(
+            checkpoints.choose(step), abstract_parameters(skeleton, mesh), mesh
+        )
+    return params_lib.bind(skeleton, parameters), config, tokenizer

@@ -1,0 +1,101 @@
+"""A workdir describes itself: config, tokenizer, checkpoints, metrics, samples.
+
+config.json        the config of the run
+tokenizer/         as saved by the tokenizer
+checkpoints/STEP/  parameters, optimizer state, place in the data
+metrics.jsonl      a line for each logged step and each evaluation
+samples.txt        what the model wrote, and when
+tensorboard/       the same metrics as events
+profile/           traces, on request
+"""
+
+import os
+import shutil
+
+from lm_jax import config as config_lib
+from lm_jax.config import Config
+from lm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from lm_jax.errors import UserError
+
+
+def read_config(workdir: str) -> Config:
+    """The config of the run in `workdir`.
+
+    Raises:
+      UserError: there is no run there.
+    """
+    path = os.path.join(workdir, "config.json")
+    if not os.path.isfile(path):
+        raise UserError(f"there is no run in '{workdir}': it has no config.json")
+    with open(path, encoding="utf-8") as f:
+        return config_lib.from_json(f.read(), path)
+
+
+def claim(workdir: str, config: Config) -> bool:
+    """Makes `workdir` this run's, or checks that it already is; returns whether it was.
+
+    Raises:
+      UserError: it holds a run with another config. Nothing is written then.
+    """
+    path = os.path.join(workdir, "config.json")
+    known = os.path.exists(path)
+    if known:
+        changed = config_lib.differences(read_config(workdir), config)
+        if changed:
+            raise UserError(
+                f"'{workdir}' holds a run of another config; choose another --workdir, or undo:\n  "
+                + "\n  ".join(changed)
+            )
+    elif os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise UserError(f"--workdir: '{workdir}' is a file")
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        write_whole(path, config_lib.to_json(config))
+    except OSError as e:
+        raise UserError(f"--workdir: '{workdir}' cannot be written: {e.strerror}") from None
+    return known
+
+
+def write_whole(path: str, text: str) -> None:
+    """Writes a file so that a reader sees all of it or none."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def obtain_tokenizer(workdir: str, config: Config, documents) -> Tokenizer:
+    """The run's tokenizer: the workdir's, that of `init_from`, the one named, or a new one.
+
+    Args:
+      documents: called for the text to learn from, if it comes to that.
+    """
+    folder = os.path.join(workdir, "tokenizer")
+    if os.path.isdir(folder):
+        return load_tokenizer(folder)
+    if config.init_from:
+        tokenizer = load_tokenizer(os.path.join(config.init_from, "tokenizer"))
+    elif config.tokenizer.kind == "file":
+        tokenizer = load_tokenizer(config.tokenizer.path)
+    else:
+        tokenizer = train_tokenizer(config.tokenizer, documents())
+    shutil.rmtree(folder + ".tmp", ignore_errors=True)
+    tokenizer.save(folder + ".tmp")
+    os.replace(folder + ".tmp", folder)
+    return tokenizer
+
+
+def set_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    """Fills in `model.vocab_size`, or checks that the tokenizer's ids fit in it.
+
+    Raises:
+      UserError: they do not.
+    """
+    size, model = tokenizer.vocab_size, config.model
+    if model.vocab_size is None:
+        # Matrix units and meshes like round numbers; a small vocabulary is left as it is.
+        model.vocab_size = size if size <= 1024 else -(-size // 128) * 128
+    elif model.vocab_size < size:
+        raise UserError(
+            f"model.vocab_size = {model.vocab_size}, but the tokenizer has {size} ids: raise it, or"
+            " leave it None"
+        )
