@@ -134,6 +134,7 @@ class FlatText:
         small = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
         several = len(documents) > 1
         eos = [] if tokenizer.eos_id is None or not several else [tokenizer.eos_id]
+        # Whether a pair may reach over the end of a document into the next.
         self.crosses = bool(eos) or not several or config.attend_across_documents
         parts, starts, total = [], [], 0
         for text in documents:
@@ -161,12 +162,14 @@ class FlatText:
         here = np.searchsorted(self.starts, [start, start + count], side="right")
         inside = self.starts[here[0] : here[1]] - start
         edges = [0, *(int(s) for s in inside if s < count), count]
-        for segment, (a, b) in enumerate(itertools.pairwise(edges), 1):
-            segments_T[a:b] = segment
-            positions_T[a:b] = np.arange(b - a)
-        if not self.crosses:  # what follows a document's last token is another document
-            segments_T[inside - 1] = 0
-            positions_T[inside - 1] = 0
+        ends = set() if self.crosses else set(inside.tolist())  # their last pair is no target
+        segment = 0
+        for a, b in itertools.pairwise(edges):
+            stop = b - 1 if b in ends else b
+            if stop > a:
+                segment += 1
+                segments_T[a:stop] = segment
+                positions_T[a:stop] = np.arange(stop - a)
         return {PAIRS: pairs_T2, SEGMENTS: segments_T, POSITIONS: positions_T}
 
 
