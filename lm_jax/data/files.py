@@ -58,7 +58,7 @@ def find(source: str) -> list[str]:
         fixed = path[: next(i for i, c in enumerate(path) if c in "*?[")]
         folder = os.path.dirname(fixed) or "."
         if not os.path.isdir(folder):
-            raise UserError(f"data source '{source}': {_missing(folder)}")
+            raise UserError(f"data source '{source}': the folder '{folder}' does not exist")
         raise UserError(f"data source '{source}': no file matches; {_inside(folder)}")
     raise UserError(f"data source '{source}': {_missing(path)}")
 

@@ -1,5 +1,6 @@
 """What the tests of the data room share: a tokenizer of numbers, small corpora, and comparisons."""
 
+import itertools
 import json
 import multiprocessing
 import sys
@@ -82,5 +83,5 @@ def expected_targets(texts, bos=None, eos=None):
         if not ids:
             continue
         ids = ([bos] if bos is not None else []) + ids + ([eos] if eos is not None else [])
-        found.update(zip(ids, ids[1:], strict=False))
+        found.update(itertools.pairwise(ids))
     return found

@@ -1,4 +1,4 @@
-"""The stream is a function of the config and the seed: of no host, worker, restart or read-ahead."""
+"""The stream depends on the config and the seed: on no host, worker, restart or read-ahead."""
 
 import itertools
 import json

@@ -136,7 +136,7 @@ def test_crop_of_too_little_text_says_so(tmp_path):
     config = data_config(
         jsonl(tmp_path / "a.jsonl", numbered_documents([4, 4])), packing="crop", epochs=None
     )
-    with pytest.raises(UserError, match="8 tokens.*data.length = 8"):
+    with pytest.raises(UserError, match=r"8 tokens.*data\.length = 8"):
         train_stream(config, NumbersTokenizer(), seed=0)
 
 
