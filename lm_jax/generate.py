@@ -28,7 +28,7 @@ REPETITION_PENALTY = flags.DEFINE_float(
     "repetition_penalty", 1.0, "Above 1: tokens that were there before become less probable."
 )
 STOP = flags.DEFINE_multi_string("stop", [], r"Ends the text; may be repeated. \n is a line end.")
-SEED = flags.DEFINE_integer("seed", 0, "The same seed draws the same text.")
+SEED = flags.DEFINE_integer("seed", 0, "The same draws the same.", 0, 2**32 - 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts at a time.", 1)
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices to split the model over.", 1)
 OUTPUT = flags.DEFINE_string("output", None, "A new file for the results, as JSON lines.")
@@ -42,7 +42,11 @@ def main(argv: list[str]) -> None:
     if not WORKDIR.value:
         raise UserError("which run? give --workdir=DIR, the folder that training wrote")
     from lm_jax.generation.prompts import read_prompts
+    from lm_jax.generation.sampling import Sampling
 
+    sampling = Sampling(
+        TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, REPETITION_PENALTY.value
+    ).validate()
     prompts = PROMPT.value + (read_prompts(PROMPT_FILE.value) if PROMPT_FILE.value else [])
     prompts = prompts or [""]
     stream = (len(prompts) == 1 and not OUTPUT.value) if STREAM.value is None else STREAM.value
@@ -54,13 +58,9 @@ def main(argv: list[str]) -> None:
 
     from lm_jax.config import MeshConfig
     from lm_jax.generation.decoding import Generator
-    from lm_jax.generation.sampling import Sampling
     from lm_jax.sharding.mesh import make_mesh
     from lm_jax.training.checkpoint import load_for_inference
 
-    sampling = Sampling(
-        TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, REPETITION_PENALTY.value
-    ).validate()
     if TENSOR.value > jax.device_count():
         raise UserError(f"--tensor={TENSOR.value}: this machine has {jax.device_count()} device(s)")
     mesh = make_mesh(MeshConfig(data=1, tensor=TENSOR.value), jax.devices()[: TENSOR.value])

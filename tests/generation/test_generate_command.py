@@ -1,0 +1,33 @@
+"""What the command says about mistakes that it can see without a checkpoint."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "lm_jax.generate", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--workdir"),
+        (["--workdir=w", "--temprature=1"], "did you mean '--temperature'"),
+        (["--workdir=w", "--max_tokens=0"], "--max_tokens=0"),
+        (["--workdir=w", "--top_p=7"], "top_p: must be above 0 and at most 1"),
+        (["--workdir=w", "--prompt_file=nowhere.txt"], "nowhere.txt"),
+        (["--workdir=w", "--prompt=a", "--prompt=b", "--stream"], "--stream"),
+        (["--workdir=w", f"--output={__file__}"], "is there already"),
+        (["--workdir=w", "--output=nowhere/o.jsonl"], "no folder 'nowhere'"),
+        (["w"], "unexpected argument 'w'"),
+    ],
+)
+def test_a_mistake_is_a_message(flags, message):
+    result = run(*flags)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1

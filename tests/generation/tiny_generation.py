@@ -1,0 +1,67 @@
+"""Tiny models, and a tokenizer whose ids are readable."""
+
+import codecs
+import dataclasses
+
+import jax
+import numpy as np
+
+from lm_jax.config import Config, ModelConfig, RopeScaling
+from lm_jax.model.transformer import Transformer
+from lm_jax.validation import validate
+
+
+class LetterTokenizer:
+    """Ids 0 to 99 are the pieces 'aa', 'ba', ... or what `pieces` says; ids above: no text."""
+
+    def __init__(self, vocab_size=100, bos_id=98, eos_id=99, pieces=()):
+        self.vocab_size, self.bos_id, self.eos_id, self.pad_id = vocab_size, bos_id, eos_id, 0
+        self._bytes = [f"{chr(97 + i % 26)}{chr(97 + i // 26)}".encode() for i in range(vocab_size)]
+        for i, piece in enumerate(pieces):
+            self._bytes[i] = piece
+
+    def encode(self, text: str) -> np.ndarray:
+        pairs = [text[i : i + 2].encode() for i in range(0, len(text), 2)]
+        return np.array([self._bytes.index(pair) for pair in pairs], np.int32)
+
+    def decode(self, ids) -> str:
+        return b"".join(self._bytes[i] for i in ids).decode(errors="replace")
+
+    def stream(self):
+        return _Stream(self._bytes)
+
+
+class _Stream:
+    def __init__(self, pieces):
+        self._pieces = pieces
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        return self._utf8.decode(self._pieces[token])
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+GPT2 = ModelConfig(
+    vocab_size=128, layers=2, width=32, heads=4, max_length=64, dtype="float32", init_std=0.4
+)
+LLAMA = dataclasses.replace(
+    GPT2,
+    kv_heads=2,
+    mlp_width=48,
+    norm="rmsnorm",
+    position="rope",
+    rope_scaling=RopeScaling("llama3", factor=4.0, original_length=16),
+    activation="silu",
+    gated_mlp=True,
+    attention_bias=False,
+    mlp_bias=False,
+    tied_head=False,
+)
+
+
+def build(config: ModelConfig, seed: int = 0) -> Transformer:
+    whole = Config(model=dataclasses.replace(config))
+    whole.data.sources, whole.data.length = ("python:",), config.max_length
+    return jax.jit(lambda key: Transformer(validate(whole).model, key))(jax.random.key(seed))
