@@ -272,8 +272,13 @@ def test_training_is_quiet_and_reads_only_its_share(capfd):
 
 
 def test_long_lines_are_learned_from():
-    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), ["lorem ipsum dolor " * 2000])
-    assert len(tokenizer.encode(" lorem ipsum dolor")) == 3
+    for repeats in (200, 2000):
+        text = "lorem ipsum dolor \U0001f600\U0001f600\U0001f600 " * repeats
+        tokenizer = train_tokenizer(TokenizerConfig(vocab_size=292), [text])
+        assert len(tokenizer.encode(" lorem ipsum dolor")) == 3
+    text = "\U0001f600" * 3999  # four bytes each, in one sentence
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=262), [text])
+    assert len(tokenizer.encode("\U0001f600\U0001f600")) == 1
 
 
 def test_whitespace_runs_are_pieces(make):
@@ -461,3 +466,52 @@ def test_a_sample_is_spread_over_the_corpus():
     assert list(spread([], 10)) == []
     big = list(spread(["é" * 10**6, "x" * 10**6], 400_000))
     assert [len(t.encode()) for t in big] == [200_000, 200_000]
+
+
+def test_text_with_reserved_characters_is_learned_from():
+    """The trainer would skip each sentence with a U+2585, and take U+2581 for a space."""
+    for character in "\0\u2581\u2585":
+        documents = [f"lorem{character} ipsum{character}dolor"] * 20
+        tokenizer = train_tokenizer(TokenizerConfig(vocab_size=280), documents)
+        assert len(tokenizer.encode("lorem")) == 1
+        pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+        assert "' dolor'" not in pieces
+
+
+def test_only_the_first_bytes_of_a_long_document_are_learned_from():
+    config = TokenizerConfig(vocab_size=285, train_bytes=1002)
+    text = "lorem ipsum é" * 100
+    kept = text.encode()[:1002].decode(errors="ignore")
+    long, short = train_tokenizer(config, [text]), train_tokenizer(config, [kept])
+    assert long.fingerprint == short.fingerprint
+    other = train_tokenizer(config, [kept[:-300] + "dolor sit " * 30])
+    assert other.fingerprint != short.fingerprint
+
+
+def test_digits_stand_alone():
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=286), ["in 1984 and 2024 it was\n"] * 50)
+    assert len(tokenizer.encode("1984")) == 4
+    assert len(tokenizer.encode(" was\n")) < 5
+
+
+def test_added_tokens_that_are_not_special_are_text(make, tmp_path):
+    make("byte_level").save(tmp_path)
+    (tmp_path / "lm_jax_tokenizer.json").unlink()
+    hf = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    hf.add_tokens(["<é>", "   "])
+    hf.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    text = "a<é>b   c"
+    ids = tokenizer.encode(text)
+    assert len(ids) == 5
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.byte_lengths[ids].tolist() == [1, 4, 1, 3, 1]
+
+
+def test_a_saved_tokenizer_keeps_having_no_bos(tmp_path):
+    published(tmp_path, "byte_fallback")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 2)
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").bos_id is None
