@@ -142,7 +142,7 @@ class TrainingConfig:
     )  # positions whose logits exist at a time; None: by size
     evaluate_every: int = resumable(250)  # steps; 0: never
     evaluate_batches: int | None = resumable(None)  # None: the whole validation split
-    evaluate_batch_size: int | None = resumable(None)  # rows; None: data.batch_size
+    evaluate_batch_size: int | None = resumable(None)  # rows; None: a micro-batch
     sample_every: int = resumable(0)  # steps; 0: at the start and at the end
     sample_prompt: str = resumable("")
     sample_tokens: int = resumable(0)  # 0: no samples

@@ -41,7 +41,7 @@ def _derive(config: Config) -> None:
     if data.lanes is None and data.batch_size > 0:
         data.lanes = max(n for n in range(1, 17) if data.batch_size % n == 0)
     if training.evaluate_batch_size is None:
-        training.evaluate_batch_size = data.batch_size
+        training.evaluate_batch_size = data.batch_size // max(1, training.accumulation)
 
 
 def _checks(config: Config):

@@ -9,12 +9,15 @@ tensorboard/       the same metrics as events
 profile/           traces, on request
 """
 
+import itertools
 import os
 import shutil
+from collections.abc import Iterable
 
 from lm_jax import config as config_lib
 from lm_jax.config import Config
-from lm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from lm_jax.data.sources import documents
+from lm_jax.data.tokenizer import Tokenizer, load_tokenizer, spread, train_tokenizer
 from lm_jax.errors import UserError
 
 
@@ -31,15 +34,14 @@ def read_config(workdir: str) -> Config:
         return config_lib.from_json(f.read(), path)
 
 
-def claim(workdir: str, config: Config) -> bool:
-    """Makes `workdir` this run's, or checks that it already is; returns whether it was.
+def claim(workdir: str, config: Config) -> None:
+    """Makes `workdir` this run's, or checks that it already is.
 
     Raises:
       UserError: it holds a run with another config. Nothing is written then.
     """
     path = os.path.join(workdir, "config.json")
-    known = os.path.exists(path)
-    if known:
+    if os.path.exists(path):
         changed = config_lib.differences(read_config(workdir), config)
         if changed:
             raise UserError(
@@ -53,7 +55,6 @@ def claim(workdir: str, config: Config) -> bool:
         write_whole(path, config_lib.to_json(config))
     except OSError as e:
         raise UserError(f"--workdir: '{workdir}' cannot be written: {e.strerror}") from None
-    return known
 
 
 def write_whole(path: str, text: str) -> None:
@@ -63,25 +64,27 @@ def write_whole(path: str, text: str) -> None:
     os.replace(path + ".tmp", path)
 
 
-def obtain_tokenizer(workdir: str, config: Config, documents) -> Tokenizer:
-    """The run's tokenizer: the workdir's, that of `init_from`, the one named, or a new one.
-
-    Args:
-      documents: called for the text to learn from, if it comes to that.
-    """
+def obtain_tokenizer(workdir: str, config: Config) -> Tokenizer:
+    """The run's tokenizer: the workdir's, that of `init_from`, the one named, or a new one."""
     folder = os.path.join(workdir, "tokenizer")
     if os.path.isdir(folder):
         return load_tokenizer(folder)
     if config.init_from:
         tokenizer = load_tokenizer(os.path.join(config.init_from, "tokenizer"))
-    elif config.tokenizer.kind == "file":
-        tokenizer = load_tokenizer(config.tokenizer.path)
     else:
-        tokenizer = train_tokenizer(config.tokenizer, documents())
+        tokenizer = train_tokenizer(config.tokenizer, _text_to_learn_from(config))
     shutil.rmtree(folder + ".tmp", ignore_errors=True)
     tokenizer.save(folder + ".tmp")
     os.replace(folder + ".tmp", folder)
     return tokenizer
+
+
+def _text_to_learn_from(config: Config) -> Iterable[str]:
+    if config.tokenizer.kind == "characters":  # it must know each one there is
+        return itertools.chain(
+            documents(config.data, "train"), documents(config.data, "validation")
+        )
+    return spread(documents(config.data, "train"), config.tokenizer.train_bytes)
 
 
 def set_vocabulary(config: Config, tokenizer: Tokenizer) -> None:

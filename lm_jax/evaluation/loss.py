@@ -1,0 +1,47 @@
+"""Loss, perplexity and bits per byte of a text."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def evaluate_loss(
+    evaluate_batch: Callable[[Any], dict[str, jax.Array]],
+    batches: Iterable[Any],
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, float]:
+    """Sums over all batches, then divides once: batches of unequal size weigh by their tokens.
+
+    Args:
+      evaluate_batch: batch -> sums `nll` (nats), `tokens` and `bytes`.
+      on_batch: called with the number of batches dispatched so far.
+
+    Returns:
+      loss: nats a token. perplexity: e^loss. bits_per_byte: the whole negative log-likelihood, ends
+      of documents included, in bits over UTF-8 bytes of text; absent where the tokenizer cannot
+      tell bytes. tokens, bytes: what it was measured on.
+    """
+    total = dict.fromkeys(("nll", "tokens", "bytes"), 0.0)
+    pending = None
+    for i, batch in enumerate(batches):
+        sums = evaluate_batch(batch)
+        if pending is not None:
+            _add(total, pending)  # read one batch late: the device does not wait
+        pending = sums
+        if on_batch:
+            on_batch(i + 1)
+    if pending is not None:
+        _add(total, pending)
+    loss = total["nll"] / total["tokens"] if total["tokens"] else math.nan
+    out = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    if total["bytes"]:
+        out["bits_per_byte"] = total["nll"] / math.log(2) / total["bytes"]
+    return out | {"tokens": int(total["tokens"]), "bytes": int(total["bytes"])}
+
+
+def _add(total: dict[str, float], sums: dict[str, jax.Array]) -> None:
+    for key, value in jax.device_get(sums).items():
+        total[key] += float(np.float64(value))

@@ -1,0 +1,38 @@
+"""python -m lm_jax.train --config=configs/FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
+
+Trains a model from text, or goes on where the run in DIR stopped.
+"""
+
+import sys
+
+from absl import flags
+
+from lm_jax import cli
+from lm_jax.errors import UserError
+from lm_jax.validation import validate
+
+_CONFIG = cli.define_config_flag()
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's folder: made if it is not there, gone on with if it is."
+)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    config = validate(cli.config_of(_CONFIG))
+    if not _WORKDIR.value:
+        raise UserError("where to? give --workdir=DIR")
+
+    from lm_jax import runtime
+
+    runtime.configure()
+
+    from lm_jax.training.loop import train
+
+    caught = train(config, _WORKDIR.value)
+    if caught:
+        sys.exit(128 + caught)
+
+
+if __name__ == "__main__":
+    cli.run(main)

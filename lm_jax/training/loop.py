@@ -1,0 +1,320 @@
+"""A training run from config to finished workdir.
+
+In order: claim the workdir; tokenizer; data; mesh; state; then, a step at a time,
+batch -> update -> (log, evaluate, sample, save).
+
+Where the state comes from, the first that applies: the newest checkpoint of the workdir (the same
+command again goes on bit for bit); the weights of another run (`init_from`); the seed.
+"""
+
+import math
+import os
+import shlex
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lm_jax.config import Config
+from lm_jax.data.held_out import validation_batches
+from lm_jax.data.loader import Stream, train_stream
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
+from lm_jax.evaluation.loss import evaluate_loss
+from lm_jax.generation.decoding import Generator
+from lm_jax.generation.sampling import Sampling
+from lm_jax.model import parameters as params_lib
+from lm_jax.model.attention import resolve_backend
+from lm_jax.model.flops import peak_flops, training_flops_per_token
+from lm_jax.sharding.mesh import batch_sharding, batch_shards, make_mesh
+from lm_jax.training import workdir as workdir_lib
+from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
+from lm_jax.training.metrics import Metrics, Stopwatch
+from lm_jax.training.optimizer import check_rules
+from lm_jax.training.signals import StopSignal
+from lm_jax.training.step import Step, TrainState, make_step
+
+_SAMPLING = Sampling(temperature=0.8, top_k=40)  # of the samples that a run prints
+
+
+def train(config: Config, workdir: str) -> int:
+    """Trains until `training.steps`, the end of the data, or a signal; resumes what is there.
+
+    Args:
+      config: validated.
+
+    Returns:
+      0, or the number of the signal that ended the run (after a checkpoint).
+
+    Raises:
+      UserError: something in the config, the data, the mesh or the workdir does not fit.
+    """
+    began = time.perf_counter()
+    mesh = make_mesh(config.mesh)
+    _check_batch(config, batch_shards(mesh))
+    workdir_lib.claim(workdir, config)
+    tokenizer = workdir_lib.obtain_tokenizer(workdir, config)
+    workdir_lib.set_vocabulary(config, tokenizer)
+    with (
+        jax.set_mesh(mesh),
+        train_stream(
+            config.data, tokenizer, seed=config.training.seed, **_this_process()
+        ) as stream,
+        Checkpoints(workdir, config.checkpoint) as checkpoints,
+    ):
+        return _Run(config, workdir, mesh, tokenizer, stream, checkpoints, began).go()
+
+
+def _check_batch(config: Config, shards: int) -> None:
+    rows = config.data.batch_size // config.training.accumulation
+    for key, n in (
+        ("data.batch_size / training.accumulation", rows),
+        ("training.evaluate_batch_size", config.training.evaluate_batch_size),
+    ):
+        if n % shards:
+            raise UserError(
+                f"{key} = {n} rows do not divide over the {shards} devices of mesh.data x"
+                " mesh.fsdp: change the batch or the mesh"
+            )
+
+
+class _Run:
+    """One process's part of a run, once data and devices are there."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: str,
+        mesh: jax.sharding.Mesh,
+        tokenizer: Tokenizer,
+        stream: Stream,
+        checkpoints: Checkpoints,
+        began: float,
+    ):
+        self.config, self.workdir, self.mesh, self.began = config, workdir, mesh, began
+        self.tokenizer, self.stream, self.checkpoints = tokenizer, stream, checkpoints
+        self.step: Step = make_step(config, batch_shards(mesh))
+        self.train_step = jax.jit(self.step.train, donate_argnums=0)
+        self.evaluate_step = jax.jit(self.step.evaluate)
+        self.byte_lengths = jax.device_put(
+            _byte_lengths(tokenizer, config.model.vocab_size), jax.NamedSharding(mesh, jax.P())
+        )
+        self.watch, self.saved_at = Stopwatch(), -1
+        self.tokens = self.tokens_logged = 0.0  # real targets dispatched, and those of logged steps
+        self.logged_at = 0
+        self.waiting: tuple | None = None  # (step, metrics, tokens) to be logged
+
+    def go(self) -> int:
+        """The whole run; returns the signal that ended it, or 0."""
+        config, logging = self.config.training, self.config.logging
+        state, start, origin = self._initial_state()
+        self.metrics = Metrics(self.workdir, self.config, start, active=jax.process_index() == 0)
+        self._introduce(state, origin)
+        if start >= config.steps:
+            self.metrics.say(f"step {start} of {config.steps}: nothing left to train")
+        elif start == 0:
+            self._sample(state, 0)
+        step = self.logged_at = start
+        first_profiled, last_profiled = logging.profile_steps or (-1, -1)
+        with StopSignal() as stop, jax.transfer_guard("disallow"):
+            self.watch.lap()
+            while step < config.steps and not stop.agreed():
+                batch = self._next_batch()
+                if batch is None:
+                    self.metrics.say(f"the data ended after {step} steps")
+                    break
+                if step + 1 == first_profiled:
+                    jax.profiler.start_trace(os.path.join(self.workdir, "profile"))
+                state, metrics = self.train_step(state, batch)
+                step += 1
+                self._log_waiting()  # the step before: the device never waits for the log
+                if step % logging.every == 0 or step in (start + 1, config.steps):
+                    self.waiting = step, metrics, self.tokens
+                if step == last_profiled:
+                    jax.block_until_ready(metrics)
+                    jax.profiler.stop_trace()
+                self._at_intervals(state, step)
+            self._log_waiting()
+            caught = stop.agreed()
+            if step > start or start == 0:
+                self._finish(state, step, caught)
+        self.metrics.say(self._farewell(step, caught))
+        self.metrics.close()
+        return caught
+
+    def _initial_state(self) -> tuple[TrainState, int, str]:
+        """The state, the step it stands at, and where it is from."""
+        skeleton = self.step.skeleton
+        parameters = abstract_parameters(skeleton, self.mesh)
+        check_rules(list(parameters))
+        newest = self.checkpoints.latest()
+        if newest is not None:
+            abstract = jax.eval_shape(self.step.init)
+            state, data = self.checkpoints.restore(newest, abstract, self.mesh)
+            self.stream.set_state(data)
+            return state, newest, f"goes on from step {newest} of {self.workdir}"
+        if source := self.config.init_from:
+            with Checkpoints(source) as other:
+                step = other.choose(None)
+                restored = other.restore_parameters(step, parameters, self.mesh)
+            state = jax.jit(self.step.init_from)(restored)
+            return state, 0, f"starts from the weights of {source}, step {step}"
+        return jax.jit(self.step.init)(), 0, f"starts afresh, seed {self.config.training.seed}"
+
+    def _introduce(self, state: TrainState, origin: str) -> None:
+        config, mesh = self.config, self.mesh
+        count = sum(x.size for x in state.parameters.values())
+        device = mesh.devices.flat[0]
+        axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
+        say = self.metrics.say
+        say(
+            f"model: {count:,} parameters, {config.model.dtype}, vocabulary"
+            f" {config.model.vocab_size:,} ({self.tokenizer.kind})"
+        )
+        say(
+            f"devices: {mesh.size} x {device.device_kind} ({axes}),"
+            f" attention: {resolve_backend(config.model.attention)}"
+        )
+        say(
+            f"batch: {config.data.batch_size} x {config.data.length} tokens"
+            f" in {config.training.accumulation} part(s), {config.data.packing} packing"
+        )
+        say(f"state: {origin}")
+
+    def _next_batch(self) -> dict[str, jax.Array] | None:
+        """The next global batch, on the devices; None when every process is at its end."""
+        local = next(self.stream, None)
+        if local is None or self._all_exhausted():
+            return None
+        # Exact for one process; of several, each packs as densely as the others.
+        self.tokens += float(local["weights"].sum()) * jax.process_count()
+        return self._to_devices(local)
+
+    def _all_exhausted(self) -> bool:
+        if self.config.data.epochs is None or jax.process_count() == 1:
+            return False  # endless, or the iterator itself stops
+        return bool(multihost_utils.process_allgather(np.array(self.stream.exhausted)).all())
+
+    def _to_devices(self, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        sharding = batch_sharding(self.mesh)
+        return {
+            key: jax.make_array_from_process_local_data(sharding, value)
+            for key, value in local.items()
+        }
+
+    def _at_intervals(self, state: TrainState, step: int) -> None:
+        """Evaluates, samples and saves where the step asks for it; the last step is `_finish`'s."""
+        training = self.config.training
+        for action, every in (
+            (self._evaluate, training.evaluate_every),
+            (self._sample, training.sample_every),
+            (self._save, self.config.checkpoint.every),
+        ):
+            if every and step % every == 0 and step != training.steps:
+                self._log_waiting()
+                with self.watch:
+                    action(state, step)
+
+    def _finish(self, state: TrainState, step: int, caught: int) -> None:
+        """The last save comes first: a signal leaves little time."""
+        self._save(state, step)
+        self.checkpoints.wait()
+        if not caught:
+            if self.config.training.evaluate_every:
+                self._evaluate(state, step)
+            self._sample(state, step)
+
+    def _save(self, state: TrainState, step: int) -> None:
+        if self.saved_at != step:
+            self.checkpoints.save(step, state, self.stream.get_state())
+            self.saved_at = step
+
+    def _log_waiting(self) -> None:
+        if self.waiting is None:
+            return
+        (step, metrics, tokens), self.waiting = self.waiting, None
+        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        if not math.isfinite(values["loss"]):
+            self.metrics.close()
+            newest = self.checkpoints.latest()
+            raise UserError(
+                f"the loss is {values['loss']} at step {step}: lower optimizer.learning_rate or"
+                " lengthen the warm-up; "
+                + ("nothing was saved yet" if newest is None else f"step {newest} is saved")
+            )
+        seconds = self.watch.lap()
+        rate = (tokens - self.tokens_logged) / seconds
+        flops = rate * training_flops_per_token(self.config.model, self.config.data.length)
+        values |= {
+            "tokens_per_second": rate,
+            "model_flops_per_second": flops,
+            "seconds_per_step": seconds / (step - self.logged_at),
+        }
+        peak = peak_flops(self.mesh.devices.flat[0].device_kind) * self.mesh.size
+        if not math.isnan(peak):
+            values["mfu"] = flops / peak
+        self.tokens_logged, self.logged_at = tokens, step
+        self.metrics.write("train", step, values)
+        left = (self.config.training.steps - step) * values["seconds_per_step"]
+        self.metrics.progress(step, values, left)
+
+    def _evaluate(self, state: TrainState, step: int) -> None:
+        training = self.config.training
+        batches = validation_batches(
+            self.config.data,
+            self.tokenizer,
+            batch_size=training.evaluate_batch_size,
+            max_batches=training.evaluate_batches,
+            **_this_process(),
+        )
+        values = evaluate_loss(
+            lambda batch: self.evaluate_step(
+                state.parameters, self._to_devices(batch), self.byte_lengths
+            ),
+            batches,
+        )
+        self.metrics.write("validation", step, values)
+        parts = [f"validation loss {values['loss']:.4f}", f"perplexity {values['perplexity']:.2f}"]
+        if "bits_per_byte" in values:
+            parts.append(f"{values['bits_per_byte']:.3f} bits per byte")
+        self.metrics.say(f"step {step}: " + ", ".join(parts))
+
+    def _sample(self, state: TrainState, step: int) -> None:
+        training = self.config.training
+        if not training.sample_tokens or jax.process_count() > 1:
+            return
+        model = params_lib.bind(self.step.skeleton, state.parameters)
+        with jax.transfer_guard("allow"):
+            (got,) = Generator(model, self.tokenizer).generate(
+                [training.sample_prompt],
+                max_tokens=training.sample_tokens,
+                sampling=_SAMPLING,
+                seed=training.seed,
+            )
+        text = training.sample_prompt + got.text
+        with open(os.path.join(self.workdir, "samples.txt"), "a", encoding="utf-8") as f:
+            f.write(f"=== step {step} ===\n{text}\n")
+        self.metrics.say(f"--- sample at step {step} ---\n{text}\n---")
+
+    def _farewell(self, step: int, caught: int) -> str:
+        quoted = shlex.quote(self.workdir)
+        return (
+            f"stopped after step {step} of {self.config.training.steps}; the same command goes on"
+            if caught
+            else f"done: step {step} in {self.workdir}\n"
+            f"generate from it: python -m lm_jax.generate --workdir={quoted}"
+        )
+
+
+def _this_process() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def _byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """UTF-8 bytes of each id, int32 [V]; zeros, and so no bits per byte, where nobody can tell."""
+    try:
+        lengths = tokenizer.byte_lengths
+    except UserError:
+        lengths = np.zeros(tokenizer.vocab_size, np.int32)
+    return np.pad(lengths, (0, vocab_size - len(lengths)))

@@ -1,0 +1,161 @@
+"""Metrics to the terminal, to JSON lines, to TensorBoard and, on request, to Weights & Biases."""
+
+import json
+import math
+import os
+import sys
+import time
+
+from lm_jax.config import Config
+from lm_jax.errors import UserError
+from lm_jax.training.workdir import write_whole
+
+
+class Metrics:
+    """Writes what one run measures. Only the first process of a job writes."""
+
+    def __init__(self, workdir: str, config: Config, start: int, *, active: bool):
+        """
+        Args:
+          start: the step that the run goes on from; later lines of a killed run are dropped.
+        """
+        self._active, self._steps = active, config.training.steps
+        self._bar = self._tensorboard = self._wandb = None
+        if not active:
+            return
+        path = os.path.join(workdir, "metrics.jsonl")
+        _drop_after(path, start)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        if config.logging.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                os.path.join(workdir, "tensorboard"), purge_step=start + 1
+            )
+        if config.logging.wandb:
+            self._wandb = _start_wandb(workdir, config)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self._steps,
+                initial=start,
+                dynamic_ncols=True,
+                leave=False,
+                bar_format="step {n}/{total} |{bar:20}|{postfix}",
+            )
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl; `kind` is 'train' or 'validation'."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
+        if self._wandb:
+            self._wandb.log({f"{kind}/{key}": v for key, v in values.items()}, step=step)
+
+    def progress(self, step: int, values: dict[str, float], seconds_left: float) -> None:
+        """The live line on a terminal, a line of its own elsewhere."""
+        if not self._active:
+            return
+        parts = [f"loss {values['loss']:.4f}", f"{_short(values['tokens_per_second'])} tokens/s"]
+        if "mfu" in values:
+            parts.append(f"MFU {values['mfu']:.1%}")
+        parts.append(f"{_clock(seconds_left)} left")
+        if self._bar is not None:
+            self._bar.set_postfix_str(" | ".join(parts), refresh=False)
+            self._bar.update(step - self._bar.n)
+            self._bar.refresh()
+        else:
+            self.say(" | ".join([f"step {step}/{self._steps}", *parts]))
+
+    def say(self, text: str) -> None:
+        """A line for the reader, above the live one."""
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if not self._active:
+            return
+        self._file.close()
+        for other in (self._bar, self._tensorboard):
+            if other is not None:
+                other.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+class Stopwatch:
+    """Wall time of training alone: evaluation, saving and sampling are paused out of it."""
+
+    def __init__(self):
+        self._started, self._paused, self._pause_began = time.perf_counter(), 0.0, None
+
+    def __enter__(self) -> None:
+        """Pauses."""
+        self._pause_began = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        self._paused += time.perf_counter() - self._pause_began
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        seconds = now - self._started - self._paused
+        self._started, self._paused = now, 0.0
+        return seconds
+
+
+def _drop_after(path: str, step: int) -> None:
+    """Removes the lines of steps that will be run again, and a line cut off by a kill."""
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path, encoding="utf-8") as f:
+        for line in f:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue
+    write_whole(path, "".join(kept))
+
+
+def _start_wandb(workdir: str, config: Config):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "logging.wandb: wandb is not installed: pip install 'lm_jax[wandb]'"
+        ) from None
+    import dataclasses
+
+    return wandb.init(
+        project=config.logging.wandb,
+        dir=workdir,
+        name=os.path.basename(os.path.abspath(workdir)),
+        config=dataclasses.asdict(config),
+        resume="allow",
+    )
+
+
+def _short(n: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.1f}{unit}"
+    return f"{n:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
