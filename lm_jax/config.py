@@ -102,7 +102,7 @@ class DataConfig:
     length: int = 1024  # tokens a row
     batch_size: int = 8  # rows a step, over all hosts and micro-batches
     packing: str = choice("first_fit", "concatenate", "crop")
-    packing_bins: int = 32  # first_fit: rows open at a time, in each lane
+    packing_bins: int = 64  # first_fit: rows open at a time, in each lane
     attend_across_documents: bool = False
     shuffle: bool = True
     epochs: int | None = None  # None: as many as the steps need

@@ -135,6 +135,12 @@ def _checks(config: Config):
         "data.validation_fraction",
         f"must be above 0 and below 1, not {data.validation_fraction}",
     )
+    yield training.seed >= 0, "training.seed", f"must be at least 0, not {training.seed}"
+    yield (
+        training.evaluate_batches is None or training.evaluate_batches > 0,
+        "training.evaluate_batches",
+        "must be at least 1; training.evaluate_every=0 turns evaluation off",
+    )
     yield (
         data.batch_size % data.lanes == 0,
         "data.lanes",

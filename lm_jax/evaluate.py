@@ -1,0 +1,56 @@
+"""python -m lm_jax.evaluate --workdir=DIR [--source=PATH ...]
+
+Loss, perplexity and bits per byte of a text under a trained model; without a source, of the run's
+own validation split.
+"""
+
+import json
+
+from absl import flags
+
+from lm_jax import cli
+from lm_jax.errors import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.")
+_SOURCE = flags.DEFINE_multi_string(
+    "source", [], "What to evaluate on, all of it: as data.sources. May be given more than once."
+)
+_DOCUMENT = flags.DEFINE_enum(
+    "document", None, ["file", "paragraph", "line"], "As data.document; default: the run's."
+)
+_TEXT_KEY = flags.DEFINE_string("text_key", None, "As data.text_key; default: the run's.")
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows at a time; default: the run's.")
+_LENGTH = flags.DEFINE_integer("length", None, "Tokens a row; default: the run's.")
+_MAX_BATCHES = flags.DEFINE_integer("max_batches", None, "A sample of so many; default: all.")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    if not _WORKDIR.value:
+        raise UserError("which run? give --workdir=DIR")
+
+    from lm_jax import runtime
+
+    runtime.configure()
+
+    from lm_jax.evaluation.loss import evaluate_workdir
+
+    overrides = {
+        "document": _DOCUMENT.value,
+        "text_key": _TEXT_KEY.value,
+        "length": _LENGTH.value,
+        "validation_sources": tuple(_SOURCE.value) or None,
+    }
+    result = evaluate_workdir(
+        _WORKDIR.value,
+        step=_STEP.value,
+        batch_size=_BATCH_SIZE.value,
+        max_batches=_MAX_BATCHES.value,
+        **{key: value for key, value in overrides.items() if value is not None},
+    )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cli.run(main)
