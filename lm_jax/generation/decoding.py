@@ -19,7 +19,7 @@ import numpy as np
 from lm_jax.errors import UserError
 from lm_jax.generation.sampling import Knobs, Sampling, next_tokens, row_keys
 from lm_jax.generation.text import TextStream
-from lm_jax.model.cache import Cache, init_cache
+from lm_jax.model.cache import Cache, init_cache, lengthen
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, batch_shards, reshard
 
@@ -267,8 +267,7 @@ def prefill(
     tokens_BT = reshard(tokens_BT, activation_spec("batch", "length"))
     # Attention over the prompt alone, not over the empty slots that follow.
     x_BTD, cache = model(tokens_BT, cache=init_cache(model.config, B, T))
-    empty = ((0, 0), (0, 0), (0, slots - T), (0, 0), (0, 0))
-    cache = jax.tree.map(lambda x_LBTKH: jnp.pad(x_LBTKH, empty), cache)
+    cache = lengthen(cache, slots)
     last_B1 = reshard(rows.position_B, activation_spec("batch"))[:, None] - 1
     is_last_BT = jnp.arange(T)[None] == last_B1
     # A sum of one term; an index into a sharded batch would gather the batch.

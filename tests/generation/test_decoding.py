@@ -95,7 +95,7 @@ def test_what_padding_leaves_in_the_cache_is_never_seen(model):
         )
         unwritten_BS = np.arange(64)[None] >= lengths_B[:, None]
         poisoned = jax.tree.map(
-            lambda x: jnp.where(unwritten_BS[None, :, :, None, None], poison, x), state.cache
+            lambda x: jnp.where(unwritten_BS[None, :, None, :, None], poison, x), state.cache
         )
         state = state._replace(cache=poisoned if poison else state.cache)
         drawn = [rows.token_B]
