@@ -54,6 +54,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--stream shows one prompt at a time, and there are {len(prompts)}")
     if OUTPUT.value:
         _check_output(OUTPUT.value)
+    from lm_jax import runtime
+
+    runtime.configure()
+
     import jax
 
     from lm_jax.config import MeshConfig

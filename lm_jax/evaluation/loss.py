@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
+
 
 def evaluate_loss(
     evaluate_batch: Callable[[Any], dict[str, jax.Array]],
@@ -45,3 +48,12 @@ def evaluate_loss(
 def _add(total: dict[str, float], sums: dict[str, jax.Array]) -> None:
     for key, value in jax.device_get(sums).items():
         total[key] += float(np.float64(value))
+
+
+def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """UTF-8 bytes of each id, int32 [V]; zeros, and so no bits per byte, where nobody can tell."""
+    try:
+        lengths = tokenizer.byte_lengths
+    except UserError:
+        lengths = np.zeros(tokenizer.vocab_size, np.int32)
+    return np.pad(lengths, (0, vocab_size - len(lengths)))

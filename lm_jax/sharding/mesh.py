@@ -67,6 +67,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ACTIVATION_RULES["batch"]))
 
 
+def to_devices(local, mesh: Mesh):
+    """A dict of this process's rows as global arrays [B, ...]; a lone array as it is everywhere."""
+    if not isinstance(local, dict):
+        return jax.device_put(local, NamedSharding(mesh, P()))
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in local.items()}
+
+
 def activation_spec(*axes: str | None) -> P | None:
     """The sharding of an activation with these logical axes; None outside of a mesh."""
     return _spec(ACTIVATION_RULES, axes)

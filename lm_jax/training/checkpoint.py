@@ -45,8 +45,13 @@ class Checkpoints:
             os.makedirs(self.folder, exist_ok=True)
         elif not os.path.isdir(self.folder):
             raise UserError(f"there is no checkpoint in '{workdir}'")
+        handlers = {
+            "parameters": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+        }
         self._manager = ocp.CheckpointManager(
-            self.folder, options=options, item_names=("parameters", "optimizer", "data")
+            self.folder, options=options, item_handlers=handlers
         )
 
     def __enter__(self) -> "Checkpoints":

@@ -21,13 +21,13 @@ from lm_jax.data.held_out import validation_batches
 from lm_jax.data.loader import Stream, train_stream
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
-from lm_jax.evaluation.loss import evaluate_loss
+from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
 from lm_jax.generation.decoding import Generator
 from lm_jax.generation.sampling import Sampling
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.attention import resolve_backend
 from lm_jax.model.flops import peak_flops, training_flops_per_token
-from lm_jax.sharding.mesh import batch_sharding, batch_shards, make_mesh
+from lm_jax.sharding.mesh import batch_shards, make_mesh, to_devices
 from lm_jax.training import workdir as workdir_lib
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
 from lm_jax.training.metrics import Metrics, Stopwatch
@@ -97,9 +97,7 @@ class _Run:
         self.step: Step = make_step(config, batch_shards(mesh))
         self.train_step = jax.jit(self.step.train, donate_argnums=0)
         self.evaluate_step = jax.jit(self.step.evaluate)
-        self.byte_lengths = jax.device_put(
-            _byte_lengths(tokenizer, config.model.vocab_size), jax.NamedSharding(mesh, jax.P())
-        )
+        self.byte_lengths = to_devices(byte_lengths(tokenizer, config.model.vocab_size), mesh)
         self.watch, self.saved_at = Stopwatch(), -1
         self.tokens = self.tokens_logged = 0.0  # real targets dispatched, and those of logged steps
         self.logged_at = 0
@@ -189,19 +187,12 @@ class _Run:
             return None
         # Exact for one process; of several, each packs as densely as the others.
         self.tokens += float(local["weights"].sum()) * jax.process_count()
-        return self._to_devices(local)
+        return to_devices(local, self.mesh)
 
     def _all_exhausted(self) -> bool:
         if self.config.data.epochs is None or jax.process_count() == 1:
             return False  # endless, or the iterator itself stops
         return bool(multihost_utils.process_allgather(np.array(self.stream.exhausted)).all())
-
-    def _to_devices(self, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        sharding = batch_sharding(self.mesh)
-        return {
-            key: jax.make_array_from_process_local_data(sharding, value)
-            for key, value in local.items()
-        }
 
     def _at_intervals(self, state: TrainState, step: int) -> None:
         """Evaluates, samples and saves where the step asks for it; the last step is `_finish`'s."""
@@ -270,7 +261,7 @@ class _Run:
         )
         values = evaluate_loss(
             lambda batch: self.evaluate_step(
-                state.parameters, self._to_devices(batch), self.byte_lengths
+                state.parameters, to_devices(batch, self.mesh), self.byte_lengths
             ),
             batches,
         )
@@ -309,12 +300,3 @@ class _Run:
 
 def _this_process() -> dict[str, int]:
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
-
-
-def _byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """UTF-8 bytes of each id, int32 [V]; zeros, and so no bits per byte, where nobody can tell."""
-    try:
-        lengths = tokenizer.byte_lengths
-    except UserError:
-        lengths = np.zeros(tokenizer.vocab_size, np.int32)
-    return np.pad(lengths, (0, vocab_size - len(lengths)))

@@ -1,10 +1,12 @@
 """Metrics to the terminal, to JSON lines, to TensorBoard and, on request, to Weights & Biases."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 from lm_jax.config import Config
 from lm_jax.errors import UserError
@@ -111,6 +113,18 @@ class Stopwatch:
         seconds = now - self._started - self._paused
         self._started, self._paused = now, 0.0
         return seconds
+
+
+@contextlib.contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[int], None] | None]:
+    """A counter on a terminal: call it with how many are done. None where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit=f" {unit}", dynamic_ncols=True, leave=False) as bar:
+        yield lambda done: bar.update(done - bar.n)
 
 
 def _drop_after(path: str, step: int) -> None:

@@ -1,0 +1,64 @@
+"""The loss of a finished run's model on a text."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+
+from lm_jax.config import MeshConfig
+from lm_jax.data.held_out import validation_batches
+from lm_jax.errors import UserError
+from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
+from lm_jax.model import parameters as params_lib
+from lm_jax.sharding.mesh import batch_shards, make_mesh, to_devices
+from lm_jax.training.checkpoint import load_for_inference
+from lm_jax.training.metrics import progress_bar
+from lm_jax.training.step import make_step
+
+
+def evaluate_workdir(
+    workdir: str,
+    *,
+    step: int | None = None,
+    batch_size: int | None = None,
+    max_batches: int | None = None,
+    **data: Any,
+) -> dict[str, Any]:
+    """Loss, perplexity and bits per byte, as `evaluate_loss` gives them.
+
+    Args:
+      step: which checkpoint; None: the newest.
+      batch_size: rows at a time; None: the run's. Rounded up to a multiple of the devices.
+      max_batches: a sample of the text; None: all of it.
+      data: fields of `DataConfig` that differ from the run's.
+
+    Raises:
+      UserError: there is no such run, the text cannot be read, or a field does not fit the model.
+    """
+    for name, value in (("batch_size", batch_size), ("max_batches", max_batches)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: must be at least 1, not {value}")
+    mesh = make_mesh(MeshConfig())
+    model, config, tokenizer = load_for_inference(workdir, mesh, step)
+    config.data = dataclasses.replace(config.data, **data)
+    if not 0 < config.data.length <= config.model.max_length:
+        raise UserError(
+            f"--length: must be from 1 to the model's {config.model.max_length},"
+            f" not {config.data.length}"
+        )
+    rows, shards = batch_size or config.training.evaluate_batch_size, batch_shards(mesh)
+    rows = -(-rows // shards) * shards
+    config.data.batch_size, config.training.accumulation = rows, 1
+    config.training.loss_chunk = None
+    evaluate = jax.jit(make_step(config, shards).evaluate)
+    with jax.set_mesh(mesh), progress_bar("batches") as count:
+        lengths = to_devices(byte_lengths(tokenizer, config.model.vocab_size), mesh)
+        parameters = params_lib.split(model)
+        batches = validation_batches(
+            config.data, tokenizer, batch_size=rows, max_batches=max_batches
+        )
+        values = evaluate_loss(
+            lambda batch: evaluate(parameters, to_devices(batch, mesh), lengths), batches, count
+        )
+    return {"workdir": os.path.abspath(workdir)} | values
