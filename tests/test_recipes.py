@@ -1,0 +1,153 @@
+"""Every recipe in `configs/`: it validates, it builds and steps on a mesh, and has the published
+number of parameters."""
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lm_jax.config import Config
+from lm_jax.errors import UserError
+from lm_jax.model import parameters as params_lib
+from lm_jax.sharding.mesh import batch_sharding, batch_shards, make_mesh
+from lm_jax.training.checkpoint import abstract_parameters
+from lm_jax.training.step import make_step, skeleton_of
+from lm_jax.validation import validate
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+# Recipe, variant -> (vocabulary, parameters). Sources: the weights published for GPT-2 (their state
+# dictionaries without the masks), SmolLM2 and Llama; nanoGPT's own count for the characters, which
+# leaves out positions (0.80M and 10.65M), with them added.
+PUBLISHED = {
+    ("shakespeare_char", "cpu"): (65, 795_904 + 64 * 128),
+    ("shakespeare_char", "gpu"): (65, 10_646_784 + 256 * 384),
+    ("gpt2", "124m"): (50257, 124_439_808),
+    ("gpt2", "355m"): (50257, 354_823_168),
+    ("gpt2", "774m"): (50257, 774_030_080),
+    ("gpt2", "1.5b"): (50257, 1_557_611_200),
+    ("llama", "smollm2_135m"): (49152, 134_515_008),
+    ("llama", "llama3_8b"): (128256, 8_030_261_248),
+    ("llama", "llama3_70b"): (128256, 70_553_706_496),
+    ("llama", "llama3_405b"): (128256, 405_853_388_800),
+}
+# GPT-3's paper gives two or three digits, and its name for one size (350M) is not one of them.
+NAMED = {
+    ("gpt3", "125m"): 125e6,
+    ("gpt3", "350m"): 356e6,
+    ("gpt3", "760m"): 760e6,
+    ("gpt3", "1.3b"): 1.3e9,
+    ("gpt3", "2.7b"): 2.7e9,
+    ("gpt3", "6.7b"): 6.7e9,
+    ("gpt3", "13b"): 13e9,
+    ("gpt3", "175b"): 175e9,
+}
+VARIANTS = [*PUBLISHED, *NAMED]
+
+
+def module(recipe: str):
+    spec = importlib.util.spec_from_file_location(recipe, CONFIGS / f"{recipe}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def configured(recipe: str, variant: str, vocab_size: int = 50257) -> Config:
+    config = module(recipe).get_config(variant)
+    if not config.data.sources:
+        config.data.sources = ("corpus.txt",)
+    config.model.vocab_size = vocab_size
+    return validate(config)
+
+
+def count(config: Config) -> int:
+    return sum(x.size for x in params_lib.split(skeleton_of(config.model)).values())
+
+
+def test_every_recipe_is_tested_in_every_variant():
+    files = {path.stem for path in CONFIGS.glob("*.py")}
+    assert files == {recipe for recipe, _ in VARIANTS} | {"quickstart"}
+    for recipe in files - {"quickstart"}:
+        assert {v for r, v in VARIANTS if r == recipe} == set(module(recipe)._VARIANTS)
+
+
+@pytest.mark.parametrize("recipe, variant", PUBLISHED)
+def test_number_of_parameters_is_the_published_one(recipe, variant):
+    vocab_size, parameters = PUBLISHED[recipe, variant]
+    assert count(configured(recipe, variant, vocab_size)) == parameters
+
+
+@pytest.mark.parametrize("recipe, variant", NAMED)
+def test_number_of_parameters_is_the_named_one(recipe, variant):
+    assert count(configured(recipe, variant)) == pytest.approx(NAMED[recipe, variant], rel=0.02)
+
+
+@pytest.mark.parametrize("recipe, variant", [("quickstart", ""), *VARIANTS])
+def test_a_step_of_it_traces_on_its_mesh(recipe, variant):
+    config = configured(recipe, variant, vocab_size=50304)
+    if config.data.batch_size % 8:  # written for one device
+        config.mesh.data = 1
+    devices = None if config.data.batch_size % 8 == 0 else jax.devices()[:1]
+    mesh = make_mesh(config.mesh, devices)
+    abstract_parameters(skeleton_of(config.model), mesh)  # raises unless the mesh divides them
+    with jax.set_mesh(mesh):
+        step = make_step(config, batch_shards(mesh))
+        state = jax.eval_shape(step.init)
+        shape = config.data.batch_size, config.data.length
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+            for name, dtype in {
+                "inputs": jnp.int32,
+                "targets": jnp.int32,
+                "weights": jnp.float32,
+                "segments": jnp.int32,
+                "positions": jnp.int32,
+            }.items()
+        }
+        after, metrics = jax.eval_shape(step.train, state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize("recipe", ["shakespeare_char", "gpt2", "gpt3", "llama"])
+def test_without_text_it_says_which_key_is_missing(recipe):
+    with pytest.raises(UserError, match=r"data\.sources: name at least one file"):
+        validate(module(recipe).get_config())
+
+
+def test_tokens_of_gpt3_are_those_of_the_paper():
+    for recipe, variant in NAMED:
+        config = configured(recipe, variant)
+        tokens = config.data.batch_size * config.data.length
+        optimizer = config.optimizer
+        assert config.training.steps * tokens == pytest.approx(300e9, rel=1e-3)
+        assert optimizer.decay_steps * tokens == pytest.approx(260e9, rel=1e-3)
+        assert optimizer.warmup_steps * tokens == pytest.approx(375e6, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "recipe, given, meant",
+    [
+        ("gpt2", "124", "124m"),
+        ("gpt2", "1.5B", "1.5b"),
+        ("gpt3", "175", "175b"),
+        ("llama", "smollm2-135m", "smollm2_135m"),
+        ("llama", "llama3_7b", "llama3_70b"),
+        ("shakespeare_char", "gpus", "gpu"),
+    ],
+)
+def test_unknown_variant_names_the_nearest_and_lists_all(recipe, given, meant):
+    with pytest.raises(UserError) as caught:
+        module(recipe).get_config(given)
+    message = str(caught.value)
+    assert f"no variant '{given}'; did you mean '{meant}'?" in message
+    assert all(variant in message for r, variant in VARIANTS if r == recipe)
+
+
+def test_a_variant_like_none_of_them_is_not_guessed():
+    with pytest.raises(UserError, match=r"no variant 'xyz' \(it has 124m, 355m, 774m, 1\.5b\)"):
+        module("gpt2").get_config("xyz")
