@@ -20,7 +20,7 @@ from flax import nnx
 from lm_jax.config import ModelConfig
 from lm_jax.model import cache as kv
 from lm_jax.model.attention import attention, attention_mask, resolve_backend
-from lm_jax.model.parameters import constant, normal, plus, use
+from lm_jax.model.parameters import constant, normal, project, use
 from lm_jax.model.rope import apply_rope, rope_tables
 from lm_jax.sharding.mesh import activation_spec
 
@@ -106,16 +106,10 @@ class Attention(nnx.Module):
             dropout=c.dropout,
             dropout_key=key,
         )
-        y_BTD = jnp.einsum(
-            "BTNH,NHD->BTD",
-            y_BTNH,
-            use(self.out, c.dtype),
-            out_sharding=activation_spec("batch", "length", "embed"),
-        )
-        return plus(y_BTD, self.out_bias), cache
+        return project(y_BTNH, self.out, self.out_bias, "batch", "length", "embed"), cache
 
     def _project(self, x_BTD, weight, bias, norm):
-        y = plus(jnp.einsum("BTD,DNH->BTNH", x_BTD, use(weight, self.config.dtype)), bias)
+        y = project(x_BTD, weight, bias, "batch", "length", *weight.axes[1:])
         return y if norm is None else norm(y)
 
 
@@ -134,21 +128,14 @@ class FeedForward(nnx.Module):
         self.down_bias = constant(0.0, (D,), "norm") if c.mlp_bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        c = self.config
-        activation = ACTIVATIONS[c.activation]
-        h_BTF = plus(jnp.einsum("BTD,DF->BTF", x_BTD, use(self.up, c.dtype)), self.up_bias)
+        activation = ACTIVATIONS[self.config.activation]
+        h_BTF = project(x_BTD, self.up, self.up_bias, "batch", "length", "mlp")
         if self.gate is None:
             h_BTF = activation(h_BTF)
         else:
-            gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, use(self.gate, c.dtype))
-            h_BTF = activation(plus(gate_BTF, self.gate_bias)) * h_BTF
-        y_BTD = jnp.einsum(
-            "BTF,FD->BTD",
-            h_BTF,
-            use(self.down, c.dtype),
-            out_sharding=activation_spec("batch", "length", "embed"),
-        )
-        return plus(y_BTD, self.down_bias)
+            gate_BTF = project(x_BTD, self.gate, self.gate_bias, "batch", "length", "mlp")
+            h_BTF = activation(gate_BTF) * h_BTF
+        return project(h_BTF, self.down, self.down_bias, "batch", "length", "embed")
 
 
 @jax.tree_util.register_dataclass
