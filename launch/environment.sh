@@ -1,0 +1,129 @@
+# Sourced by the other scripts: finds a Python and makes the virtual environment.
+#
+#   PYTHON         the interpreter to make it with; default: the first of python3.13, python3.12,
+#                  python3.11, python3 and python that runs and is new enough
+#   VENV           where it goes; default: .venv beside this folder
+#   LM_JAX_EXTRAS  extras to install, as in LM_JAX_EXTRAS=cuda
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+VENV=${VENV:-$ROOT/.venv}
+case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
+_NEEDED_MB=2000  # the environment and what pip unpacks on the way; 1.3 GB as measured
+
+_fail() {
+  printf 'error: %s\n' "$@" >&2
+  exit 1
+}
+
+# Prints why the interpreter $1 cannot be used, or nothing if it can. A name that is on the PATH may
+# still not run: pyenv puts one there for each version that it knows.
+_unfit() {
+  local version
+  version=$("$1" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null) || version=
+  case $version in
+    '') echo "does not run" ;;
+    3\ [0-9] | 3\ 10 | [!3]\ *) echo "is Python ${version/ /.}" ;;
+    *) "$1" -c 'import ensurepip, venv' 2>/dev/null || echo "has no venv module" ;;
+  esac
+}
+
+# Sets $BASE to the interpreter that makes the environment.
+_find_python() {
+  local candidate why seen=
+  if [ -n "${PYTHON:-}" ]; then
+    why=$(_unfit "$PYTHON")
+    [ -z "$why" ] || _fail "PYTHON=$PYTHON $why; lm_jax needs Python 3.11 or newer, with venv"
+    BASE=$PYTHON
+    return
+  fi
+  for candidate in python3.13 python3.12 python3.11 python3 python; do
+    command -v "$candidate" >/dev/null || continue
+    why=$(_unfit "$candidate")
+    if [ -z "$why" ]; then
+      BASE=$candidate
+      return
+    fi
+    seen="$seen
+  $(command -v "$candidate") $why"
+  done
+  _fail "lm_jax needs Python 3.11 or newer, with its venv module; found:${seen:-
+  no Python at all}" \
+    "install it (Debian and Ubuntu: apt install python3 python3-venv), or name one: PYTHON=/path/to/python $0"
+}
+
+# The interpreter that the environment at $VENV was made with.
+_identity() {
+  "$1" -c 'import os, sys; print(os.path.realpath(sys._base_executable), *sys.version_info[:2])' \
+    2>/dev/null
+}
+
+# Makes the environment with the package and the extras $1 in it, unless it is there.
+# Afterwards $VENV/bin/python is ready.
+make_environment() {
+  local state=$VENV/lm_jax-installed unfinished=$VENV/lm_jax-unfinished log=$VENV/lm_jax-install.log
+  local wanted there= extra missing= fingerprint started=$SECONDS
+  wanted=$(printf '%s' "$1 ${LM_JAX_EXTRAS:-}" | tr ',' ' ')
+
+  if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
+    _fail "$VENV is there and is no virtual environment: remove it, or name another with VENV=DIR"
+  fi
+  # An environment that works stays, whatever else is on the PATH; another PYTHON replaces it, and
+  # so does one whose installation was cut off.
+  if [ -n "${PYTHON:-}" ] || [ -e "$unfinished" ] || ! _identity "$VENV/bin/python" >/dev/null ||
+    [ -n "$(_unfit "$VENV/bin/python")" ]; then
+    _find_python
+    if [ -e "$unfinished" ] ||
+      [ "$(_identity "$BASE")" != "$(_identity "$VENV/bin/python")" ]; then
+      _new_environment "$unfinished"
+    fi
+  fi
+
+  # What is installed: the code is not, it is used where it lies.
+  fingerprint="$ROOT $(_identity "$VENV/bin/python") $(cksum <"$ROOT/pyproject.toml")"
+  if [ -e "$state" ]; then
+    there=$(sed -n 2p "$state")
+    [ "$(sed -n 1p "$state")" = "$fingerprint" ] || missing=yes
+  else
+    missing=yes
+  fi
+  for extra in $wanted; do
+    case " $there " in *" $extra "*) ;; *) there="$there $extra" missing=yes ;; esac
+  done
+  [ -n "$missing" ] || return 0
+
+  there=$(echo $there) # single spaces
+  echo "installing lm_jax${there:+ [$there]} into $VENV (once, a minute or two) ..." >&2
+  rm -f "$state"
+  touch "$unfinished"
+  if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
+    --editable "$ROOT${there:+[${there// /,}]}" >"$log" 2>&1; then
+    _explain "$log"
+  fi
+  printf '%s\n%s\n' "$fingerprint" "$there" >"$state"
+  rm -f "$unfinished"
+  echo "installed in $((SECONDS - started)) s" >&2
+}
+
+_new_environment() {
+  local free said
+  free=$(df -Pk "$(dirname "$VENV")" 2>/dev/null | awk 'NR == 2 { print int($4 / 1024) }')
+  if [ -n "$free" ] && [ "$free" -lt "$_NEEDED_MB" ]; then
+    _fail "$(dirname "$VENV") has $free MB free, and the environment needs $_NEEDED_MB:" \
+      "make room, or name another place with VENV=DIR"
+  fi
+  if ! said=$(mkdir -p "$VENV" && touch "$1" && "$BASE" -m venv --clear "$VENV" 2>&1 && touch "$1")
+  then
+    _fail "$BASE could not make the environment $VENV:" "$said"
+  fi
+}
+
+# Says why pip failed, as far as its log $1 tells, and ends.
+_explain() {
+  tail -n 15 "$1" >&2
+  if grep -qi 'no space left\|errno 28' "$1"; then
+    _fail "the disk is full: make room, or name another place with VENV=DIR (and TMPDIR=DIR)"
+  elif grep -qi 'NewConnectionError\|name resolution\|ConnectTimeout\|ReadTimeout\|ProxyError\|SSLError\|connection broken' "$1"; then
+    _fail "pip could not reach the package index: check the network (and proxy), then run this again"
+  fi
+  _fail "pip could not install lm_jax; its output is above and in $1"
+}

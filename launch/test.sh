@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Checks the code's form, then runs the tests, on the CPU alone.
+#
+#   launch/test.sh [PYTEST ARGUMENTS ...]
+#
+# See launch/environment.sh for the variables PYTHON and VENV.
+
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+make_environment test
+
+cd "$ROOT"
+export JAX_PLATFORMS=cpu
+"$VENV/bin/python" -m ruff check
+"$VENV/bin/python" -m ruff format --check
+exec "$VENV/bin/python" -m pytest "$@"
