@@ -32,6 +32,7 @@ def get_config(variant: str = "") -> Config:
             mlp_bias=False,
             qk_norm=True,
             dtype="float32",  # a CPU computes bfloat16 more slowly
+            scan_layers=False,  # four layers compile fast, and run faster in a row
         ),
         tokenizer=TokenizerConfig(kind="sentencepiece", vocab_size=2048, train_bytes=2_000_000),
         data=DataConfig(

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lm_jax.config import CheckpointConfig, Config
 from lm_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -50,9 +51,7 @@ class Checkpoints:
             "optimizer": ocp.StandardCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(
-            self.folder, options=options, item_handlers=handlers
-        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -136,12 +135,12 @@ class Checkpoints:
 
 def _onto(abstract: Any, mesh: Mesh) -> Any:
     """Abstract arrays with shardings that orbax can restore to."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)
-        ),
-        abstract,
-    )
+
+    def onto(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = P() if x.sharding is None else x.sharding.spec  # None: a constant, such as a count
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(onto, abstract)
 
 
 def _gather(states: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,83 @@
+"""Runs the package's commands as a user does, on a corpus and a model that are tiny."""
+
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+RECIPE = "--config=configs/quickstart.py"
+
+
+def environment(devices: int = 1, cache: pathlib.Path | None = None) -> dict[str, str]:
+    """What a command runs under; `cache` is shared by commands that compile the same step."""
+    out = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    if cache is not None:
+        out |= {
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+    return out
+
+
+def start(command: str, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen:
+    """`python -m lm_jax.COMMAND ARGS` from the repository's root, with its output as text."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"lm_jax.{command}", *args],
+        cwd=ROOT,
+        env=env or environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(command: str, *args: str, env: dict[str, str] | None = None):
+    """As `start`, to its end: (exit code, stdout, stderr)."""
+    process = start(command, *args, env=env)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def write_corpus(folder: pathlib.Path, documents: int = 40) -> pathlib.Path:
+    """Small text files of words in a random order, the same each time."""
+    rng = random.Random(0)
+    words = ("the", "model", "reads", "a", "token", "and", "writes", "one", "more", "ends")
+    folder.mkdir()
+    for i in range(documents):
+        text = " ".join(rng.choice(words) for _ in range(rng.randint(20, 120)))
+        (folder / f"{i:03}.txt").write_text(text + "\n")
+    return folder
+
+
+def tiny(corpus: pathlib.Path, **overrides: object) -> list[str]:
+    """Flags of a run that takes a second or two once it is compiled.
+
+    Packing, shuffling, accumulation and dropout are on. Keyword a__b overrides the key a.b.
+    """
+    flags = {
+        "data.sources": corpus,
+        "data.length": 32,
+        "data.batch_size": 16,
+        "data.validation_fraction": 0.1,
+        "tokenizer.kind": "bytes",
+        "model.layers": 2,
+        "model.width": 32,
+        "model.heads": 4,
+        "model.mlp_width": 64,
+        "model.max_length": 64,
+        "model.dropout": 0.1,
+        "optimizer.name": "adamw",
+        "training.accumulation": 2,
+        "training.evaluate_every": 0,
+        "training.sample_tokens": 0,
+        "checkpoint.every": 10,
+        "logging.every": 1,
+        "logging.tensorboard": False,
+    }
+    flags |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return [RECIPE, *(f"--config.{key}={value}" for key, value in flags.items())]

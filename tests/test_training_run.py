@@ -1,0 +1,166 @@
+"""Whole runs, as a user starts, kills, resumes and uses them."""
+
+import json
+import pathlib
+import signal
+import time
+
+import commands
+import jax
+import numpy as np
+import pytest
+from commands import environment, tiny
+
+from lm_jax.training.checkpoint import Checkpoints
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> pathlib.Path:
+    return commands.write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("compilation_cache")
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
+
+
+def stored_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by path, parameters and optimizer state."""
+    with Checkpoints(str(workdir)) as checkpoints:
+        got = checkpoints._manager.restore(checkpoints.choose(step))
+    leaves, _ = jax.tree.flatten_with_path({k: got[k] for k in ("parameters", "optimizer")})
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+
+
+def train(*flags: str, env: dict[str, str]) -> None:
+    code, out, err = commands.run("train", *flags, env=env)
+    assert code == 0, out + err
+
+
+def kill_after(step: int, workdir: pathlib.Path, flags: list[str], env: dict[str, str]) -> None:
+    """Starts a run and kills it with SIGKILL when `step` is saved and a later one logged."""
+    process = commands.start("train", *flags, env=env)
+    try:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and process.poll() is None:
+            saved = (workdir / "checkpoints" / str(step)).is_dir()
+            if saved and max(losses(workdir), default=0) > step:
+                break
+            time.sleep(0.01)
+        assert process.poll() is None, process.communicate()
+    finally:
+        process.kill()
+        process.communicate()
+    assert step < max(losses(workdir)) < 60, "the run was to be killed on its way"
+
+
+@pytest.mark.parametrize(
+    ("devices", "mesh"),
+    [(1, {}), (8, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2})],
+)
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, corpus, cache, devices, mesh):
+    env = environment(devices, cache)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    # So many steps that a run still has far to go when it is killed; 60 are compared.
+    flags = tiny(corpus, training__steps=60, **mesh)
+    train(*flags, f"--workdir={whole}", env=env)
+    kill_after(30, killed, [*flags, f"--workdir={killed}"], env)
+    train(*flags, f"--workdir={killed}", env=env)
+
+    expected, found = stored_arrays(whole, 60), stored_arrays(killed, 60)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        np.testing.assert_array_equal(expected[name], found[name], err_msg=name, strict=True)
+    assert losses(whole) == losses(killed)
+    assert sorted(losses(whole)) == list(range(1, 61))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(tmp_path, corpus, cache, number):
+    workdir = tmp_path / "run"
+    flags = tiny(corpus, training__steps=100_000, checkpoint__every=0)
+    process = commands.start("train", *flags, f"--workdir={workdir}", env=environment(cache=cache))
+    while not (workdir / "metrics.jsonl").exists() or len(losses(workdir)) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    with Checkpoints(str(workdir)) as checkpoints:
+        assert checkpoints.steps() == [max(losses(workdir))]
+
+
+def test_a_run_from_text_to_generated_and_evaluated(tmp_path, corpus, cache):
+    env, workdir = environment(cache=cache), tmp_path / "run"
+    flags = tiny(
+        corpus,
+        training__steps=20,
+        training__evaluate_every=10,
+        training__sample_tokens=5,
+        logging__tensorboard=True,
+        logging__profile_steps="3,4",
+    )
+    code, _, err = commands.run("train", *flags, f"--workdir={workdir}", env=env)
+    assert code == 0, err
+    assert "step 20/20 | loss" in err and "tokens/s" in err and "left" in err
+    assert "--- sample at step 0 ---" in err and "--- sample at step 20 ---" in err
+    assert f"generate from it: python -m lm_jax.generate --workdir={workdir}" in err
+    assert list((workdir / "tensorboard").iterdir())
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+    records = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    validations = [r for r in records if r["kind"] == "validation"]
+    assert [r["step"] for r in validations] == [10, 20]
+    assert validations[1]["loss"] < validations[0]["loss"]
+    train_record = next(r for r in records if r["kind"] == "train" and r["step"] == 5)
+    assert {"gradient_norm", "learning_rate", "tokens_per_second", "model_flops_per_second"} <= (
+        train_record.keys()
+    )
+
+    code, out, err = commands.run("evaluate", f"--workdir={workdir}", env=env)
+    assert code == 0, err
+    result = json.loads(out)
+    for key in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes"):
+        assert result[key] == pytest.approx(validations[1][key], rel=1e-5)
+
+    prompt = ["--prompt=the model", "--max_tokens=8", "--seed=3"]
+    first = commands.run("generate", f"--workdir={workdir}", *prompt, env=env)
+    again = commands.run("generate", f"--workdir={workdir}", *prompt, env=env)
+    assert first[0] == 0, first[2]
+    assert first[1].startswith("the model") and len(first[1]) > len("the model")
+    assert first[1] == again[1]
+
+    other = tmp_path / "other"
+    flags = tiny(corpus, training__steps=1, init_from=workdir, model__dropout=0.0)
+    code, _, err = commands.run("train", *flags, f"--workdir={other}", env=env)
+    assert code == 0, err
+    assert f"starts from the weights of {workdir}, step 20" in err
+    assert losses(other)[1] < losses(workdir)[1] - 0.5
+
+    # The same command with more steps goes on; with fewer there is nothing left to do.
+    flags = tiny(corpus, training__steps=22, training__evaluate_every=10)
+    code, _, err = commands.run("train", *flags, f"--workdir={workdir}", env=env)
+    assert code == 0, err
+    assert f"goes on from step 20 of {workdir}" in err and max(losses(workdir)) == 22
+    flags = tiny(corpus, training__steps=10)
+    code, _, err = commands.run("train", *flags, f"--workdir={workdir}", env=env)
+    assert code == 0 and "nothing left to train" in err, err
+
+
+def test_a_finite_number_of_epochs_ends_the_run(tmp_path, corpus, cache):
+    workdir = tmp_path / "run"
+    flags = tiny(corpus, training__steps=10_000, data__epochs=1, checkpoint__every=0)
+    code, _, err = commands.run(
+        "train", *flags, f"--workdir={workdir}", env=environment(cache=cache)
+    )
+    assert code == 0, err
+    steps = max(losses(workdir))
+    assert f"the data ended after {steps} steps" in err
+    with Checkpoints(str(workdir)) as checkpoints:
+        assert checkpoints.latest() == steps
