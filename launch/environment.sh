@@ -11,7 +11,9 @@ case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
 _NEEDED_MB=2000  # the environment and what pip unpacks on the way; 1.3 GB as measured
 
 _fail() {
-  printf 'error: %s\n' "$@" >&2
+  printf 'error: %s\n' "$1" >&2
+  shift
+  [ $# -eq 0 ] || printf '%s\n' "$@" >&2
   exit 1
 }
 
@@ -64,7 +66,8 @@ make_environment() {
   local wanted there= extra missing= fingerprint started=$SECONDS
   wanted=$(printf '%s' "$1 ${LM_JAX_EXTRAS:-}" | tr ',' ' ')
 
-  if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
+  if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ ! -e "$unfinished" ] &&
+    [ -n "$(ls -A "$VENV")" ]; then
     _fail "$VENV is there and is no virtual environment: remove it, or name another with VENV=DIR"
   fi
   # An environment that works stays, whatever else is on the PATH; another PYTHON replaces it, and
@@ -104,6 +107,8 @@ make_environment() {
   echo "installed in $((SECONDS - started)) s" >&2
 }
 
+# Makes an empty environment with $BASE. The file $1 is there from before the first change until the
+# packages are installed, so that whatever is cut off on the way is not trusted later.
 _new_environment() {
   local free said
   free=$(df -Pk "$(dirname "$VENV")" 2>/dev/null | awk 'NR == 2 { print int($4 / 1024) }')
@@ -111,8 +116,13 @@ _new_environment() {
     _fail "$(dirname "$VENV") has $free MB free, and the environment needs $_NEEDED_MB:" \
       "make room, or name another place with VENV=DIR"
   fi
-  if ! said=$(mkdir -p "$VENV" && touch "$1" && "$BASE" -m venv --clear "$VENV" 2>&1 && touch "$1")
-  then
+  if ! said=$(
+    {
+      mkdir -p "$VENV" && touch "$1" &&
+        find "$VENV/" -mindepth 1 ! -path "$VENV/$(basename "$1")" -delete &&
+        "$BASE" -m venv "$VENV"
+    } 2>&1
+  ); then
     _fail "$BASE could not make the environment $VENV:" "$said"
   fi
 }
