@@ -6,7 +6,9 @@ B batch, T query length, S key length, N query heads, K key/value heads, G = N /
 import jax
 import jax.numpy as jnp
 
+from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
+from lm_jax.sharding.mesh import activation_spec
 
 # Below every score that a finite model makes, and finite itself: a row that is masked out
 # altogether gives a uniform distribution and no NaN.
@@ -39,20 +41,28 @@ def attention_mask(
     return mask_BTS
 
 
-def resolve_backend(name: str) -> str:
-    """The backend that 'auto' stands for on this platform.
+def resolve_backend(config: ModelConfig, length: int) -> str:
+    """The backend for rows of `length` tokens: what 'auto' stands for, or what was asked for.
 
     Raises:
-      UserError: the platform does not have the backend that was asked for.
+      UserError: 'cudnn' was asked for, and cannot be had for this model or on this platform.
     """
-    platform = jax.default_backend()
-    if name == "auto":
-        return "cudnn" if platform == "gpu" else "xla"
-    if name == "cudnn" and platform != "gpu":
-        raise UserError(
-            f"model.attention: 'cudnn' needs an NVIDIA GPU, this is {platform}; use auto"
-        )
-    return name
+    if config.attention == "xla":
+        return "xla"
+    platform, width = jax.default_backend(), config.head_width
+    obstacles = {
+        f"an NVIDIA GPU, and this is {platform}": platform != "gpu",
+        "model.dtype = bfloat16": config.dtype != "bfloat16",
+        "model.dropout = 0": config.dropout > 0,
+        f"a model.head_width of up to 128 that 8 divides, not {width}": width > 128 or width % 8,
+        f"an even number of tokens a row, not {length}": length % 2,
+    }
+    needed = [need for need, missing in obstacles.items() if missing]
+    if config.attention == "auto":
+        return "xla" if needed else "cudnn"
+    if needed:
+        raise UserError(f"model.attention: 'cudnn' needs {needed[0]}; use auto")
+    return "cudnn"
 
 
 def attention(
@@ -73,18 +83,13 @@ def attention(
     Args:
       mask_BTS: see `attention_mask`.
       backend: 'xla' (the reference) or 'cudnn'.
-      dropout: rate on the attention weights; needs `dropout_key`, and the 'xla' backend.
+      dropout: rate on the attention weights; needs `dropout_key`. Not with 'cudnn'.
 
     Returns:
       [B, T, N, H], of the dtype of `q_BTNH`.
     """
     if backend == "cudnn":
-        if dropout and dropout_key is not None:
-            raise UserError("model.attention: 'cudnn' has no dropout here; use 'xla' with it")
-        mask = None if mask_BTS is None else mask_BTS[:, None]
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, mask=mask, implementation="cudnn"
-        )
+        return _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H)
@@ -99,3 +104,27 @@ def attention(
         weights_BKGTS = jnp.where(kept_BKGTS, weights_BKGTS / (1 - dropout), 0.0)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
     return out_BTKGH.reshape(B, T, N, H)
+
+
+def _cudnn(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None
+) -> jax.Array:
+    """Each device runs the kernel on its own rows and heads.
+
+    Left to jax, the kernel's result says that it is whole on every device, whatever the inputs are,
+    and the gradient of what follows cannot be traced on an Explicit mesh.
+    """
+
+    def local(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+        mask = None if mask_BTS is None else mask_BTS[:, None]
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, mask=mask, implementation="cudnn"
+        )
+
+    q_spec = activation_spec("batch", "length", "heads", "head_width")
+    if q_spec is not None:
+        kv_spec = activation_spec("batch", "length", "kv_heads", "head_width")
+        mask_spec = None if mask_BTS is None else jax.typeof(mask_BTS).sharding.spec
+        in_specs = q_spec, kv_spec, kv_spec, mask_spec
+        local = jax.shard_map(local, in_specs=in_specs, out_specs=q_spec, check_vma=False)
+    return local(q_BTNH, k_BSKH, v_BSKH, mask_BTS)

@@ -241,7 +241,7 @@ class Transformer(nnx.Module):
             ),
             rope=rope_tables(c, positions_BT) if c.position == "rope" else None,
             # A cached step has a query of one token or a few: nothing for a fused kernel to gain.
-            backend="xla" if cache is not None else resolve_backend(c.attention),
+            backend="xla" if cache is not None else resolve_backend(c, T),
         )
         activation = activation_spec("batch", "length", "embed")
         x_BTD = use(self.embedding, c.dtype).at[tokens_BT].get(out_sharding=activation)

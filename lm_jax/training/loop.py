@@ -172,7 +172,7 @@ class _Run:
         )
         say(
             f"devices: {mesh.size} x {device.device_kind} ({axes}),"
-            f" attention: {resolve_backend(config.model.attention)}"
+            f" attention: {resolve_backend(config.model, config.data.length)}"
         )
         say(
             f"batch: {config.data.batch_size} x {config.data.length} tokens"
