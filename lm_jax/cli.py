@@ -37,6 +37,9 @@ def run(main: Callable[[list[str]], None]) -> None:
             main(argv)
         except UserError as e:
             _fail(str(e))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
 
     app.run(guarded, flags_parser=_parse)
 

@@ -96,9 +96,9 @@ class DataConfig:
     validation_fraction: float = 0.01
     document: str = choice("file", "paragraph", "line")  # what one document is in a text file
     text_key: str = "text"  # the field of JSONL, Parquet and TFDS records
-    on_error: str = choice(
-        "raise", "skip"
-    )  # a record that cannot be read; skipped ones are counted
+    on_error: str = field(  # a record that cannot be read; skipped ones are counted
+        default="raise", metadata={"choices": ("raise", "skip"), "resumable": True}
+    )
     length: int = 1024  # tokens a row
     batch_size: int = 8  # rows a step, over all hosts and micro-batches
     packing: str = choice("first_fit", "concatenate", "crop")

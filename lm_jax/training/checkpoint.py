@@ -24,7 +24,7 @@ from lm_jax.model.parameters import Parameters
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import check_parameters
 from lm_jax.training.step import TrainState, skeleton_of
-from lm_jax.training.workdir import read_config, set_vocabulary
+from lm_jax.training.workdir import read_config, with_vocabulary
 
 
 class Checkpoints:
@@ -181,7 +181,7 @@ def load_for_inference(
     """
     config = read_config(workdir)
     tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
-    set_vocabulary(config, tokenizer)
+    config = with_vocabulary(config, tokenizer)
     skeleton = skeleton_of(config.model)
     with Checkpoints(workdir) as checkpoints:
         parameters = checkpoints.restore_parameters(

@@ -10,7 +10,6 @@ command again goes on bit for bit); the weights of another run (`init_from`); th
 import math
 import os
 import shlex
-import time
 
 import jax
 import numpy as np
@@ -33,7 +32,7 @@ from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
 from lm_jax.training.metrics import Metrics, Stopwatch
 from lm_jax.training.optimizer import check_rules
 from lm_jax.training.signals import StopSignal
-from lm_jax.training.step import Step, TrainState, make_step
+from lm_jax.training.step import Step, TrainState, make_step, skeleton_of
 
 _SAMPLING = Sampling(temperature=0.8, top_k=40)  # of the samples that a run prints
 
@@ -50,12 +49,12 @@ def train(config: Config, workdir: str) -> int:
     Raises:
       UserError: something in the config, the data, the mesh or the workdir does not fit.
     """
-    began = time.perf_counter()
     mesh = make_mesh(config.mesh)
     _check_batch(config, batch_shards(mesh))
-    workdir_lib.claim(workdir, config)
+    workdir_lib.check(workdir, config)
     tokenizer = workdir_lib.obtain_tokenizer(workdir, config)
-    workdir_lib.set_vocabulary(config, tokenizer)
+    asked, config = config, workdir_lib.with_vocabulary(config, tokenizer)
+    abstract_parameters(skeleton_of(config.model), mesh)  # they fit the mesh
     with (
         jax.set_mesh(mesh),
         train_stream(
@@ -63,7 +62,11 @@ def train(config: Config, workdir: str) -> int:
         ) as stream,
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
-        return _Run(config, workdir, mesh, tokenizer, stream, checkpoints, began).go()
+        run = _Run(config, workdir, mesh, tokenizer, stream, checkpoints)
+        state, start = run.restore_or_begin()
+        if jax.process_index() == 0:
+            workdir_lib.settle(workdir, asked, tokenizer)
+        return run.go(state, start)
 
 
 def _check_batch(config: Config, shards: int) -> None:
@@ -90,9 +93,8 @@ class _Run:
         tokenizer: Tokenizer,
         stream: Stream,
         checkpoints: Checkpoints,
-        began: float,
     ):
-        self.config, self.workdir, self.mesh, self.began = config, workdir, mesh, began
+        self.config, self.workdir, self.mesh = config, workdir, mesh
         self.tokenizer, self.stream, self.checkpoints = tokenizer, stream, checkpoints
         self.step: Step = make_step(config, batch_shards(mesh))
         self.train_step = jax.jit(self.step.train, donate_argnums=0)
@@ -103,24 +105,30 @@ class _Run:
         self.logged_at = 0
         self.waiting: tuple | None = None  # (step, metrics, tokens) to be logged
 
-    def go(self) -> int:
-        """The whole run; returns the signal that ended it, or 0."""
+    def go(self, state: TrainState, start: int) -> int:
+        """From step `start` to the end; returns the signal that ended it, or 0."""
         config, logging = self.config.training, self.config.logging
-        state, start, origin = self._initial_state()
         self.metrics = Metrics(self.workdir, self.config, start, active=jax.process_index() == 0)
-        self._introduce(state, origin)
+        self._introduce(state)
         if start >= config.steps:
             self.metrics.say(f"step {start} of {config.steps}: nothing left to train")
         elif start == 0:
             self._sample(state, 0)
         step = self.logged_at = start
         first_profiled, last_profiled = logging.profile_steps or (-1, -1)
-        with StopSignal() as stop, jax.transfer_guard("disallow"):
+        with StopSignal() as self.stop, jax.transfer_guard("disallow"):
             self.watch.lap()
-            while step < config.steps and not stop.agreed():
-                batch = self._next_batch()
+            while step < config.steps and not self.stop.agreed():
+                try:
+                    batch = self._next_batch()
+                except UserError:  # a record that cannot be read: keep what was learned so far
+                    self._log_waiting()
+                    if step > start:
+                        self._save(state, step)
+                    raise
                 if batch is None:
-                    self.metrics.say(f"the data ended after {step} steps")
+                    if not self.stop.number:
+                        self.metrics.say(f"the data ended after {step} steps")
                     break
                 if step + 1 == first_profiled:
                     jax.profiler.start_trace(os.path.join(self.workdir, "profile"))
@@ -134,33 +142,34 @@ class _Run:
                     jax.profiler.stop_trace()
                 self._at_intervals(state, step)
             self._log_waiting()
-            caught = stop.agreed()
+            caught = self.stop.agreed()
             if step > start or start == 0:
                 self._finish(state, step, caught)
         self.metrics.say(self._farewell(step, caught))
         self.metrics.close()
         return caught
 
-    def _initial_state(self) -> tuple[TrainState, int, str]:
-        """The state, the step it stands at, and where it is from."""
-        skeleton = self.step.skeleton
-        parameters = abstract_parameters(skeleton, self.mesh)
+    def restore_or_begin(self) -> tuple[TrainState, int]:
+        """The state, from the first place that has one, and the step it stands at."""
+        parameters = abstract_parameters(self.step.skeleton, self.mesh)
         check_rules(list(parameters))
-        newest = self.checkpoints.latest()
+        newest, source = self.checkpoints.latest(), self.config.init_from
         if newest is not None:
             abstract = jax.eval_shape(self.step.init)
             state, data = self.checkpoints.restore(newest, abstract, self.mesh)
             self.stream.set_state(data)
-            return state, newest, f"goes on from step {newest} of {self.workdir}"
-        if source := self.config.init_from:
+            self.origin = f"goes on from step {newest} of {self.workdir}"
+            return state, newest
+        if source:
             with Checkpoints(source) as other:
                 step = other.choose(None)
                 restored = other.restore_parameters(step, parameters, self.mesh)
-            state = jax.jit(self.step.init_from)(restored)
-            return state, 0, f"starts from the weights of {source}, step {step}"
-        return jax.jit(self.step.init)(), 0, f"starts afresh, seed {self.config.training.seed}"
+            self.origin = f"starts from the weights of {source}, step {step}"
+            return jax.jit(self.step.init_from)(restored), 0
+        self.origin = f"starts afresh, seed {self.config.training.seed}"
+        return jax.jit(self.step.init)(), 0
 
-    def _introduce(self, state: TrainState, origin: str) -> None:
+    def _introduce(self, state: TrainState) -> None:
         config, mesh = self.config, self.mesh
         count = sum(x.size for x in state.parameters.values())
         device = mesh.devices.flat[0]
@@ -178,11 +187,16 @@ class _Run:
             f"batch: {config.data.batch_size} x {config.data.length} tokens"
             f" in {config.training.accumulation} part(s), {config.data.packing} packing"
         )
-        say(f"state: {origin}")
+        say(f"state: {self.origin}")
 
     def _next_batch(self) -> dict[str, jax.Array] | None:
         """The next global batch, on the devices; None when every process is at its end."""
-        local = next(self.stream, None)
+        try:
+            local = next(self.stream, None)
+        except RuntimeError:
+            if self.stop.number:  # it ended the workers that read ahead as well
+                return None
+            raise
         if local is None or self._all_exhausted():
             return None
         # Exact for one process; of several, each packs as densely as the others.

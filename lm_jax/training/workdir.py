@@ -9,6 +9,7 @@ tensorboard/       the same metrics as events
 profile/           traces, on request
 """
 
+import copy
 import itertools
 import os
 import shutil
@@ -34,14 +35,13 @@ def read_config(workdir: str) -> Config:
         return config_lib.from_json(f.read(), path)
 
 
-def claim(workdir: str, config: Config) -> None:
-    """Makes `workdir` this run's, or checks that it already is.
+def check(workdir: str, config: Config) -> None:
+    """Checks that `workdir` is free or holds this run, without writing to it.
 
     Raises:
-      UserError: it holds a run with another config. Nothing is written then.
+      UserError: it holds a run with another config, or cannot be a folder.
     """
-    path = os.path.join(workdir, "config.json")
-    if os.path.exists(path):
+    if os.path.exists(os.path.join(workdir, "config.json")):
         changed = config_lib.differences(read_config(workdir), config)
         if changed:
             raise UserError(
@@ -52,7 +52,23 @@ def claim(workdir: str, config: Config) -> None:
         raise UserError(f"--workdir: '{workdir}' is a file")
     try:
         os.makedirs(workdir, exist_ok=True)
-        write_whole(path, config_lib.to_json(config))
+    except OSError as e:
+        raise UserError(f"--workdir: '{workdir}' cannot be made: {e.strerror}") from None
+
+
+def settle(workdir: str, config: Config, tokenizer: Tokenizer) -> None:
+    """Writes what makes `workdir` this run's; called once all that could be wrong was checked.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    folder = os.path.join(workdir, "tokenizer")
+    try:
+        if not os.path.isdir(folder):
+            shutil.rmtree(folder + ".tmp", ignore_errors=True)
+            tokenizer.save(folder + ".tmp")
+            os.replace(folder + ".tmp", folder)
+        write_whole(os.path.join(workdir, "config.json"), config_lib.to_json(config))
     except OSError as e:
         raise UserError(f"--workdir: '{workdir}' cannot be written: {e.strerror}") from None
 
@@ -70,13 +86,8 @@ def obtain_tokenizer(workdir: str, config: Config) -> Tokenizer:
     if os.path.isdir(folder):
         return load_tokenizer(folder)
     if config.init_from:
-        tokenizer = load_tokenizer(os.path.join(config.init_from, "tokenizer"))
-    else:
-        tokenizer = train_tokenizer(config.tokenizer, _text_to_learn_from(config))
-    shutil.rmtree(folder + ".tmp", ignore_errors=True)
-    tokenizer.save(folder + ".tmp")
-    os.replace(folder + ".tmp", folder)
-    return tokenizer
+        return load_tokenizer(os.path.join(config.init_from, "tokenizer"))
+    return train_tokenizer(config.tokenizer, _text_to_learn_from(config))
 
 
 def _text_to_learn_from(config: Config) -> Iterable[str]:
@@ -87,18 +98,19 @@ def _text_to_learn_from(config: Config) -> Iterable[str]:
     return spread(documents(config.data, "train"), config.tokenizer.train_bytes)
 
 
-def set_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
-    """Fills in `model.vocab_size`, or checks that the tokenizer's ids fit in it.
+def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    """`config` with `model.vocab_size` filled in, or checked to hold the tokenizer's ids.
 
     Raises:
-      UserError: they do not.
+      UserError: it does not.
     """
-    size, model = tokenizer.vocab_size, config.model
-    if model.vocab_size is None:
+    config, size = copy.deepcopy(config), tokenizer.vocab_size
+    if config.model.vocab_size is None:
         # Matrix units and meshes like round numbers; a small vocabulary is left as it is.
-        model.vocab_size = size if size <= 1024 else -(-size // 128) * 128
-    elif model.vocab_size < size:
+        config.model.vocab_size = size if size <= 1024 else -(-size // 128) * 128
+    elif config.model.vocab_size < size:
         raise UserError(
-            f"model.vocab_size = {model.vocab_size}, but the tokenizer has {size} ids: raise it, or"
-            " leave it None"
+            f"model.vocab_size = {config.model.vocab_size}, but the tokenizer has {size} ids: raise"
+            " it, or leave it None"
         )
+    return config

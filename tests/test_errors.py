@@ -1,0 +1,164 @@
+"""What a user gets wrong is told in one message, with what to do; nothing is overwritten."""
+
+import hashlib
+import pathlib
+
+import commands
+import pytest
+from commands import environment, tiny
+
+from lm_jax.training.checkpoint import Checkpoints
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> pathlib.Path:
+    return commands.write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+def fails(*flags: object, devices: int = 1, command: str = "train") -> str:
+    """The message of a command that must fail: exit code not 0, and no traceback."""
+    code, out, err = commands.run(command, *map(str, flags), env=environment(devices))
+    assert code != 0, out + err
+    assert "Traceback" not in out + err
+    assert err.count("error: ") == 1, err
+    return err[err.index("error: ") :]
+
+
+def contents(folder: pathlib.Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+def test_a_mistyped_key_names_the_nearest(corpus, tmp_path):
+    message = fails(*tiny(corpus, optimizer__learing_rate=1), f"--workdir={tmp_path / 'run'}")
+    assert "optimizer.learing_rate" in message
+    assert "did you mean 'optimizer.learning_rate'" in message
+    message = fails(*tiny(corpus, model__learning_rate=1), f"--workdir={tmp_path / 'run'}")
+    assert "did you mean 'optimizer.learning_rate'" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistyped_value_names_the_choices(corpus, tmp_path):
+    message = fails(*tiny(corpus, optimizer__name="adam"), f"--workdir={tmp_path / 'run'}")
+    assert "optimizer.name" in message and "adamw" in message and "muon" in message
+    message = fails(*tiny(corpus, model__layers="three"), f"--workdir={tmp_path / 'run'}")
+    assert "model.layers" in message and "three" in message
+
+
+def test_every_wrong_field_is_named_at_once(corpus, tmp_path):
+    flags = tiny(corpus, model__kv_heads=3, data__lanes=5, training__accumulation=7)
+    message = fails(*flags, f"--workdir={tmp_path / 'run'}")
+    for key in ("model.kv_heads", "data.lanes", "training.accumulation"):
+        assert key in message
+
+
+def test_a_mistyped_flag_or_recipe_names_the_nearest(corpus, tmp_path):
+    assert "did you mean '--workdir'" in fails(*tiny(corpus), f"--workdri={tmp_path / 'run'}")
+    message = fails("--config=configs/quikstart.py", f"--workdir={tmp_path / 'run'}")
+    assert "did you mean 'configs/quickstart.py'" in message
+    assert "--workdir" in fails(*tiny(corpus))
+    assert "--config" in fails(f"--workdir={tmp_path / 'run'}")
+
+
+def test_a_missing_file_names_the_nearest(corpus, tmp_path):
+    message = fails(*tiny(corpus / "031.tx"), f"--workdir={tmp_path / 'run'}")
+    assert "031.tx'" in message and "031.txt" in message
+
+
+def test_an_empty_corpus(tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    message = fails(*tiny(empty), f"--workdir={tmp_path / 'run'}")
+    assert "empty.txt" in message and "empty" in message
+    (tmp_path / "folder").mkdir()
+    assert "folder" in fails(*tiny(tmp_path / "folder"), f"--workdir={tmp_path / 'run'}")
+
+
+def test_invalid_utf8_names_file_and_line(tmp_path):
+    bad = commands.write_corpus(tmp_path / "corpus", documents=3)
+    (bad / "001.txt").write_bytes(b"good\nstill good\nb\xffd\n")
+    message = fails(*tiny(bad), f"--workdir={tmp_path / 'run'}")
+    assert "001.txt:3" in message and "UTF-8" in message
+
+
+def test_a_record_that_fails_on_the_way_loses_nothing(tmp_path):
+    workdir, lines = tmp_path / "run", ['{"text": "a line of text that is good"}'] * 400
+    source = tmp_path / "data.jsonl"
+    source.write_text("\n".join([*lines, '{"text": "cut off', *lines]) + "\n")
+    flags = tiny(source, data__shuffle=False, checkpoint__every=0, training__steps=500)
+    message = fails(*flags, f"--workdir={workdir}")
+    assert "data.jsonl:401" in message and "data.on_error" in message
+    with Checkpoints(str(workdir)) as checkpoints:
+        assert checkpoints.latest() > 1
+    # Goes on from there once it is told to skip such records.
+    flags = tiny(source, data__shuffle=False, data__on_error="skip", training__steps=40)
+    code, _, err = commands.run("train", *flags, f"--workdir={workdir}")
+    assert code == 0 and "goes on from step" in err, err
+
+
+def test_a_batch_that_does_not_divide(corpus, tmp_path):
+    flags = tiny(corpus, data__batch_size=12, training__accumulation=1)
+    message = fails(*flags, f"--workdir={tmp_path / 'run'}", devices=8)
+    assert "12" in message and "8 devices" in message and "data.batch_size" in message
+    message = fails(*tiny(corpus, mesh__tensor=3), f"--workdir={tmp_path / 'run'}", devices=8)
+    assert "mesh" in message and "8 device" in message
+
+
+def test_a_model_that_the_mesh_does_not_divide(corpus, tmp_path):
+    flags = tiny(corpus, mesh__tensor=8, mesh__data=1, model__heads=4)
+    message = fails(*flags, f"--workdir={tmp_path / 'run'}", devices=8)
+    assert "blocks.attention.query" in message and "mesh.tensor = 8" in message
+
+
+def test_a_vocabulary_that_does_not_fit(corpus, tmp_path):
+    flags = tiny(corpus, tokenizer__kind="sentencepiece", tokenizer__vocab_size=50_000)
+    message = fails(*flags, f"--workdir={tmp_path / 'run'}")
+    assert "tokenizer.vocab_size" in message and "50000" in message
+    message = fails(*tiny(corpus, model__vocab_size=100), f"--workdir={tmp_path / 'run'}")
+    assert "model.vocab_size = 100" in message and "258" in message
+
+
+def test_a_workdir_of_another_config_is_left_as_it_is(corpus, tmp_path):
+    workdir = tmp_path / "run"
+    code, _, err = commands.run("train", *tiny(corpus, training__steps=2), f"--workdir={workdir}")
+    assert code == 0, err
+    before = contents(workdir)
+    message = fails(*tiny(corpus, training__steps=4, model__width=64), f"--workdir={workdir}")
+    assert "model.width: 32 -> 64" in message and "another --workdir" in message
+    assert contents(workdir) == before
+    # A checkpoint of another shape, as --config.init_from may name, lists what does not fit.
+    flags = tiny(corpus, model__mlp_width=96, init_from=workdir)
+    message = fails(*flags, f"--workdir={tmp_path / 'other'}")
+    assert "blocks.mlp.up: expected (2, 32, 96), found (2, 32, 64)" in message
+    assert "no checkpoint of step 7" in fails(
+        f"--workdir={workdir}", "--step=7", command="evaluate"
+    )
+    assert contents(workdir) == before
+
+
+def test_what_failed_before_its_first_step_can_be_mended_in_the_same_workdir(corpus, tmp_path):
+    workdir = tmp_path / "run"
+    fails(*tiny(tmp_path / "missing"), f"--workdir={workdir}")
+    code, _, err = commands.run("train", *tiny(corpus, training__steps=1), f"--workdir={workdir}")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_a_workdir_without_a_run(tmp_path, command):
+    assert "no run" in fails(f"--workdir={tmp_path}", command=command)
+    assert "--workdir" in fails(command=command)
+
+
+def test_a_run_that_diverges_is_stopped(corpus, tmp_path):
+    flags = tiny(
+        corpus,
+        training__steps=60,
+        optimizer__learning_rate=1e30,
+        optimizer__clip_norm=0.0,
+        optimizer__warmup_steps=0,
+    )
+    message = fails(*flags, f"--workdir={tmp_path / 'run'}")
+    assert "the loss is" in message and "optimizer.learning_rate" in message
