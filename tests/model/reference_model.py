@@ -60,9 +60,7 @@ def attend(c, b, x, segments, positions):
         if c.position == "rope":
             q, k = rotate(c, q, positions), rotate(c, k, positions)
         for t in range(T):
-            seen = [
-                s for s in range(T) if segments[s] == segments[t] and (s <= t or not c.causal)
-            ]
+            seen = [s for s in range(T) if segments[s] == segments[t] and (s <= t or not c.causal)]
             scores = k[seen] @ q[t] / math.sqrt(c.head_width)
             weights = np.exp(scores - scores.max())
             out[t] += (weights / weights.sum()) @ v[seen] @ b["attention.out"][n]
@@ -100,7 +98,7 @@ def rotate(c, x, positions):
 
 
 def frequencies(c) -> np.ndarray:
-    """Radians a position: RoFormer, section 3.2.2; linear: Chen et al. 2023; llama3: Meta's code."""
+    """Radians a position: RoFormer, section 3.2.2; linear: Chen et al. 2023; llama3: Meta's."""
     s, out = c.rope_scaling, []
     for i in range(c.head_width // 2):
         f = 1.0 / c.rope_theta ** (2 * i / c.head_width)

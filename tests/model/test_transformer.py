@@ -101,7 +101,7 @@ def test_no_gradient_crosses_documents(config):
         def loss(parameters):
             bound = params_lib.bind(model, parameters)
             x, _ = bound(ids, segments_BT=PACKED_SEGMENTS, positions_BT=PACKED_POSITIONS)
-            picked = (PACKED_SEGMENTS == segment)[:, :, None]
+            picked = (segment == PACKED_SEGMENTS)[:, :, None]
             return jnp.sum(jnp.where(picked, jnp.sin(bound.logits(x)), 0))
 
         return jax.grad(loss)(parameters)["embedding"]
