@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
+from lm_jax.model.dropout import dropout
 from lm_jax.sharding.mesh import activation_spec
 
 # Below every score that a finite model makes, and finite itself: a row that is masked out
@@ -72,18 +73,18 @@ def attention(
     mask_BTS: jax.Array | None,
     *,
     backend: str = "xla",
-    dropout: float = 0.0,
+    dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention (Vaswani et al. 2017), grouped where K < N.
 
-    Grouped queries are from Ainslie et al. 2023. Scores and softmax
-    are float32, whatever the inputs are.
+    Grouped queries are from Ainslie et al. 2023. Scores and softmax are float32, whatever the
+    inputs are.
 
     Args:
       mask_BTS: see `attention_mask`.
       backend: 'xla' (the reference) or 'cudnn'.
-      dropout: rate on the attention weights; needs `dropout_key`. Not with 'cudnn'.
+      dropout_rate: on the attention weights; needs `dropout_key`. Not with 'cudnn'.
 
     Returns:
       [B, T, N, H], of the dtype of `q_BTNH`.
@@ -99,9 +100,7 @@ def attention(
     if mask_BTS is not None:
         scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
-    if dropout and dropout_key is not None:
-        kept_BKGTS = jax.random.bernoulli(dropout_key, 1 - dropout, weights_BKGTS.shape)
-        weights_BKGTS = jnp.where(kept_BKGTS, weights_BKGTS / (1 - dropout), 0.0)
+    weights_BKGTS = dropout(weights_BKGTS, dropout_rate, dropout_key)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
     return out_BTKGH.reshape(B, T, N, H)
 

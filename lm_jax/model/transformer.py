@@ -20,6 +20,7 @@ from flax import nnx
 from lm_jax.config import ModelConfig
 from lm_jax.model import cache as kv
 from lm_jax.model.attention import attention, attention_mask, resolve_backend
+from lm_jax.model.dropout import dropout
 from lm_jax.model.parameters import constant, normal, project, use
 from lm_jax.model.rope import apply_rope, rope_tables
 from lm_jax.sharding.mesh import activation_spec
@@ -63,13 +64,6 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a part of `x` and scales the rest up; does nothing without a key."""
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
-
-
 class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, key: jax.Array):
         c = self.config = config
@@ -103,7 +97,7 @@ class Attention(nnx.Module):
             v_BTKH,
             context.mask_BTS,
             backend=context.backend,
-            dropout=c.dropout,
+            dropout_rate=c.dropout,
             dropout_key=key,
         )
         return project(y_BTNH, self.out, self.out_bias, "batch", "length", "embed"), cache
