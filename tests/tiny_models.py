@@ -18,6 +18,9 @@ from lm_jax.validation import validate
 
 V, T = 64, 16
 
+# LLVM's optimizations are half of the time that compiling a tiny model takes, and gain nothing.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 GPT2 = ModelConfig(
     vocab_size=V,
     layers=2,

@@ -20,6 +20,7 @@ from tiny_models import (
     build,
     on_devices,
     packed_batch,
+    quick_jit,
     run_config,
     shard,
 )
@@ -29,8 +30,9 @@ from lm_jax.errors import UserError
 from lm_jax.model import flops, parameters, transformer
 from lm_jax.model.attention import attention, attention_mask, resolve_backend
 from lm_jax.model.cache import init_cache, update
+from lm_jax.model.dropout import dropout
 from lm_jax.model.rope import apply_rope, rope_frequencies, rope_tables
-from lm_jax.model.transformer import REMAT_POLICIES, Transformer, dropout
+from lm_jax.model.transformer import REMAT_POLICIES, Transformer
 from lm_jax.sharding.mesh import PARAMETER_RULES
 from lm_jax.training.loss import batch_loss
 from lm_jax.training.optimizer import check_rules
@@ -82,7 +84,7 @@ def test_attention_drops_weights_at_the_rate_and_scales_the_rest_up():
     """Values that are unit vectors make the weights themselves the output."""
     q, k = normal(4, 64, 4, 64), normal(4, 64, 4, 64, seed=1)
     v = jnp.broadcast_to(jnp.eye(64)[None, :, None, :], (4, 64, 4, 64))
-    run = functools.partial(attention, 0.3 * q, k, v, None, dropout=0.25)
+    run = functools.partial(attention, 0.3 * q, k, v, None, dropout_rate=0.25)
     whole, dropped = np.asarray(run()), np.asarray(run(dropout_key=jax.random.key(0)))
     kept = dropped > 0
     np.testing.assert_allclose(dropped[kept], whole[kept] / 0.75, rtol=1e-5)
@@ -150,7 +152,7 @@ def test_cudnn_gets_each_devices_rows_and_heads(mask_rows, monkeypatch):
         qkv = [jax.device_put(x, spec) for x in qkv]
         if mask_rows == 4:
             mask = jax.device_put(mask, jax.P(("data", "fsdp")))
-        got = jax.jit(functools.partial(attention, backend="cudnn"))(*qkv, mask)
+        got = quick_jit(functools.partial(attention, backend="cudnn"))(*qkv, mask)
         assert got.sharding.spec == spec
     np.testing.assert_allclose(got, want, atol=1e-6)
 
@@ -204,7 +206,7 @@ def test_frequencies_follow_the_published_formula(scaling):
 def test_bfloat16_stays_close_to_float32(config):
     model = build(config)
     half = parameters.bind(skeleton_of(replace(config, dtype="bfloat16")), parameters.split(model))
-    run = jax.jit(lambda model: model.logits(model(IDS)[0]))
+    run = quick_jit(lambda model: model.logits(model(IDS)[0]))
     exact, rounded = run(model), run(half)
     assert rounded.dtype == jnp.float32
     # bfloat16 has 8 bits: single roundings are off by up to 2^-9, those of 2 layers add up.
@@ -240,7 +242,7 @@ def loss_and_gradient(config):
     def loss(p):
         return batch_loss(parameters.bind(skeleton, p), batch, dropout_key=quick_key(1)).nll
 
-    return jax.jit(jax.value_and_grad(loss))(parameters.split(model))
+    return quick_jit(jax.value_and_grad(loss))(parameters.split(model))
 
 
 WITH_DROPOUT = replace(LLAMA, dropout=0.1)  # what is computed again must drop the same
@@ -285,7 +287,7 @@ def test_dropout_zeroes_at_the_rate_and_scales_the_rest_up():
 def test_no_key_no_dropout_and_the_key_decides():
     plain = build(GPT2)
     dropping = parameters.bind(skeleton_of(replace(GPT2, dropout=0.5)), parameters.split(plain))
-    run = jax.jit(lambda model, key: model(IDS, dropout_key=key)[0])
+    run = quick_jit(lambda model, key: model(IDS, dropout_key=key)[0])
     np.testing.assert_array_equal(run(plain, None), run(dropping, None))
     once, again = run(dropping, quick_key(1)), run(dropping, quick_key(1))
     np.testing.assert_array_equal(once, again)
@@ -326,7 +328,7 @@ def initialized():
         init_std=0.02,
     )
     return config, parameters.split(
-        jax.jit(functools.partial(Transformer, config))(jax.random.key(0))
+        quick_jit(functools.partial(Transformer, config))(jax.random.key(0))
     )
 
 
@@ -424,7 +426,7 @@ def test_training_flops_are_three_times_those_that_xla_counts_forward():
         scan_layers=False,
     )
     skeleton = skeleton_of(config)
-    forward = jax.jit(lambda m, ids: m.logits(m(ids)[0])).lower(skeleton, IDS)
+    forward = quick_jit(lambda m, ids: m.logits(m(ids)[0])).lower(skeleton, IDS)
     counted = forward.cost_analysis()["flops"] / IDS.size
     assert flops.training_flops_per_token(config, T) == pytest.approx(3 * counted, rel=0.1)
     half = flops.training_flops_per_token(replace(config, causal=True), T)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_model
-from tiny_models import BERT, GPT2, LLAMA, T, V, build
+from tiny_models import BERT, GPT2, LLAMA, T, V, build, quick_jit
 
 from lm_jax.config import RopeScaling
 from lm_jax.model import parameters as params_lib
@@ -17,7 +17,7 @@ from lm_jax.model.transformer import Transformer
 replace = dataclasses.replace
 
 
-@jax.jit
+@quick_jit
 def _logits(model, tokens, segments, positions):
     return model.logits(model(tokens, segments_BT=segments, positions_BT=positions)[0])
 
@@ -86,7 +86,7 @@ def test_a_packed_row_equals_its_documents_alone(config):
     model, ids = build(config), tokens(1)
     packed = logits(model, ids, PACKED_SEGMENTS, PACKED_POSITIONS)[0]
     here = PACKED_SEGMENTS[0] == 2
-    alone = jax.jit(lambda model, ids: model.logits(model(ids)[0]))(model, ids[:, here])[0]
+    alone = quick_jit(lambda model, ids: model.logits(model(ids)[0]))(model, ids[:, here])[0]
     np.testing.assert_allclose(packed[here], alone, atol=2e-5)
 
 
@@ -96,7 +96,7 @@ def test_no_gradient_crosses_documents(config):
     model = build(replace(config, tied_head=False))
     ids = np.random.default_rng(0).permutation(V)[None, :T].astype(np.int32)
 
-    @jax.jit
+    @quick_jit
     def gradient(parameters, segment):
         def loss(parameters):
             bound = params_lib.bind(model, parameters)
@@ -119,7 +119,7 @@ def test_cached_decoding_equals_the_full_pass_for_rows_of_different_lengths(conf
     model, ids, lengths = build(config), tokens(3, seed=1), np.array([3, 7, 5])
     full = logits(model, ids)
 
-    @jax.jit
+    @quick_jit
     def advance(model, ids, positions, cache):
         x, cache = model(ids, positions_BT=positions, cache=cache)
         return model.logits(x), cache
