@@ -1,7 +1,9 @@
 """What every entry point shares: the config flag, and errors that are messages, not tracebacks."""
 
 import ast
+import dataclasses
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -17,7 +19,14 @@ flags.disclaim_key_flags()  # a flag defined here belongs, in --help, to the ent
 
 
 def define_config_flag() -> flags.FlagHolder:
-    keys = "\n".join(f"  --config.{key}={value!r}" for key, value, _ in walk(Config()))
+    docs = _comments()
+    lines = []
+    for key, value, f in walk(Config()):
+        said = [docs[key]] if key in docs else []
+        if choices := f.metadata.get("choices"):
+            said.append(" | ".join(choices))
+        lines.append(f"  --config.{key}={value!r}" + (f"  # {'; '.join(said)}" if said else ""))
+    keys = "\n".join(lines)
     return config_flags.DEFINE_config_file(
         "config",
         help_string="A recipe, FILE.py or FILE.py:ARG, whose get_config(ARG) returns an"
@@ -25,6 +34,33 @@ def define_config_flag() -> flags.FlagHolder:
         + keys,
         lock_config=False,
     )
+
+
+def _comments() -> dict[str, str]:
+    """Key -> its comment, read from where the field is declared: said once, shown here as well.
+
+    A comment stands behind its field, or above it on lines of its own.
+    """
+    docs: dict[str, str] = {}
+
+    def read(kind: type, prefix: str) -> None:
+        above: list[str] = []
+        for line in inspect.getsource(kind).splitlines():
+            code, _, comment = line.partition("# ")
+            if not code.strip():
+                above = [*above, comment] if comment else []
+                continue
+            if name := re.match(r"    (\w+): ", code):
+                docs[prefix + name[1]] = " ".join([*above, *([comment] if comment else [])]).rstrip(
+                    "."
+                )
+            above = []
+        for f in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(f.type):
+                read(f.type, f"{prefix}{f.name}.")
+
+    read(Config, "")
+    return {key: comment for key, comment in docs.items() if comment}
 
 
 def run(main: Callable[[list[str]], None]) -> None:

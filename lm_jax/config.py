@@ -22,9 +22,10 @@ def resumable(default: Any) -> Any:
     return field(default=default, metadata={"resumable": True})
 
 
-def choice(default: str, *others: str) -> Any:
-    """A string field that takes `default` or one of `others`."""
-    return field(default=default, metadata={"choices": (default, *others)})
+def choice(default: str, *others: str, resumable: bool = False) -> Any:
+    """A string field that takes `default` or one of `others`; see `resumable`."""
+    choices = (default, *others)
+    return field(default=default, metadata={"choices": choices, "resumable": resumable})
 
 
 @dataclasses.dataclass(unsafe_hash=True)  # hashable: part of the static side of jitted code
@@ -66,12 +67,12 @@ class ModelConfig:
     tied_head: bool = True  # the head shares the token embedding
     init_std: float = 0.02
     dropout: float = 0.0  # on the embedding, each residual branch and the attention weights
-    dtype: str = resumable("bfloat16")  # compute; parameters stay float32
-    remat: str = resumable("none")  # see lm_jax.model.transformer.REMAT_POLICIES
+    dtype: str = choice("bfloat16", "float32", resumable=True)  # compute; parameters are float32
+    # What the backward pass computes again to save memory; the more, the further to the right.
+    remat: str = choice("none", "all_dots", "dots", "full", resumable=True)
     scan_layers: bool = resumable(True)  # False unrolls; the parameters are stacked either way
-    attention: str = field(
-        default="auto", metadata={"choices": ("auto", "xla", "cudnn"), "resumable": True}
-    )
+    # How it is computed; auto: the fastest that this platform has for this model.
+    attention: str = choice("auto", "xla", "cudnn", resumable=True)
 
 
 @dataclasses.dataclass
@@ -96,9 +97,8 @@ class DataConfig:
     validation_fraction: float = 0.01
     document: str = choice("file", "paragraph", "line")  # what one document is in a text file
     text_key: str = "text"  # the field of JSONL, Parquet and TFDS records
-    on_error: str = field(  # a record that cannot be read; skipped ones are counted
-        default="raise", metadata={"choices": ("raise", "skip"), "resumable": True}
-    )
+    # A record that cannot be read; those that are skipped are counted.
+    on_error: str = choice("raise", "skip", resumable=True)
     length: int = 1024  # tokens a row
     batch_size: int = 8  # rows a step, over all hosts and micro-batches
     packing: str = choice("first_fit", "concatenate", "crop")

@@ -93,11 +93,6 @@ def _checks(config: Config):
     )
     yield 0 <= model.dropout < 1, "model.dropout", f"must be in [0, 1), not {model.dropout}"
     yield (
-        model.dtype in ("bfloat16", "float32"),
-        "model.dtype",
-        f"'{model.dtype}' is none of bfloat16, float32",
-    )
-    yield (
         data.length <= model.max_length,
         "data.length",
         f"{data.length} tokens a row, but model.max_length = {model.max_length}",
