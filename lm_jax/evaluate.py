@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
 
     runtime.configure()
 
-    from lm_jax.evaluation.run import evaluate_workdir
+    from lm_jax.training.evaluation import evaluate_workdir
 
     overrides = {
         "document": _DOCUMENT.value,
