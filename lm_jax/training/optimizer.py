@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules, from optax, with decay decided by a parameter's name."""
 
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -65,7 +66,8 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: float | None = None
         case "rsqrt":  # Shazeer and Stern 2018: falls as 1 / sqrt(step) from the end of warm-up
 
             def decay(step):
-                return peak * (max(warmup, 1) / (step + max(warmup, 1))) ** 0.5
+                # Also called, with steps below 0, during the warm-up; not used then.
+                return peak * (max(warmup, 1) / (jnp.maximum(step, 0) + max(warmup, 1))) ** 0.5
 
         case "wsd":  # Hu et al. 2024: warm up, stay, decay linearly over the last steps
             length = config.decay_steps if config.decay_steps is not None else max(1, steps // 5)
