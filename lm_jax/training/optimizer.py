@@ -48,6 +48,10 @@ def _muon_axes(parameters: Parameters) -> dict[str, contrib.MuonDimensionNumbers
     return {name: _RULES[name.rpartition(".")[2]][1] for name in parameters}
 
 
+def _is_muons(parameters: Parameters) -> dict[str, bool]:
+    return {name: axes is not None for name, axes in _muon_axes(parameters).items()}
+
+
 def make_schedule(config: OptimizerConfig, steps: int, peak: float | None = None) -> optax.Schedule:
     """Step -> learning rate: linear warm-up to the peak, then the decay that the config names.
 
@@ -101,15 +105,18 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
                 optax.scale_by_learning_rate(rate),
             )
         case "muon":  # Jordan et al. 2024
-            rule = contrib.muon(
+            matrices = contrib.muon(
                 make_schedule(config, steps, config.muon_learning_rate),
                 beta=config.muon_momentum,
                 weight_decay=decay,
-                adam_b1=config.b1,
-                adam_b2=config.b2,
-                adam_learning_rate=rate,
                 muon_weight_dimension_numbers=_muon_axes,
             )
+            # Not the Adam inside of optax's Muon: that one has Nesterov's momentum, and decays
+            # either all it is given or nothing.
+            rest = optax.adamw(
+                rate, config.b1, config.b2, config.epsilon, weight_decay=decay, mask=_decays
+            )
+            rule = optax.partition({True: matrices, False: rest}, _is_muons)
     if not config.clip_norm:
         return rule
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
