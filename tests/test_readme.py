@@ -1,0 +1,178 @@
+"""Every command and every piece of code in README.md is run, word for word, in its order.
+
+They run in a copy of the repository whose environment has an interpreter that makes them small: it
+appends a tiny model and few steps to `lm_jax.train`, few tokens to `lm_jax.generate` and so on, and
+does nothing for pip. All else is as a reader would have it.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import commands
+import pytest
+
+from lm_jax.config import Config, walk
+
+README = (commands.ROOT / "README.md").read_text(encoding="utf-8")
+
+_INTERPRETER = """#!/bin/sh
+case "$*" in *--help*) '{python}' "$@" || true; exit 0 ;; esac  # absl ends it with 1
+steps=2 more=
+case "$*" in *training.steps=*) steps=4 ;; esac
+case "$*" in *runs/quickstart*) ;; *) more='{less}' ;; esac
+case "$1 $2" in
+  "-m pip") echo "$*" >>pip.log ;;
+  "-m ruff") exec '{python}' "$@" configs ;;
+  "-m pytest") exec '{python}' "$@" tests/test_recipes.py -k not_guessed ;;
+  "-m lm_jax.train") exec '{python}' "$@" --config.training.steps=$steps {tiny} $more ;;
+  "-m lm_jax.generate") exec '{python}' "$@" --max_tokens=4 ;;
+  "-m lm_jax.evaluate") exec '{python}' "$@" --max_batches=1 ;;
+  "-m lm_jax.tokenize")
+    case "$*" in *--output=*) set -- "$@" --vocab_size=300 ;; esac
+    exec '{python}' "$@" ;;
+  *) exec '{python}' "$@" ;;
+esac
+"""
+_TINY = {
+    "model.layers": 1,
+    "model.width": 32,
+    "model.heads": 4,
+    "model.mlp_width": 64,
+    "tokenizer.kind": "bytes",
+    "data.length": 32,
+    "data.batch_size": 8,
+    "training.evaluate_batches": 1,
+    "training.sample_tokens": 4,
+    "logging.every": 1,
+}
+# What only one of the runs has to show; compiling it takes most of a tiny run's time.
+_LESS = {
+    "training.evaluate_every": 0,
+    "training.sample_tokens": 0,
+    "logging.tensorboard": False,
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> pathlib.Path:
+    """A copy of the repository with that interpreter, and the text that README.md speaks of."""
+    root = tmp_path_factory.mktemp("read me") / "lm_jax"
+    ignored = shutil.ignore_patterns(".venv*", ".git", "runs", ".*_cache", "__pycache__", "*.egg-*")
+    shutil.copytree(commands.ROOT, root, ignore=ignored)
+    binaries = root / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    (root / ".venv" / "pyvenv.cfg").touch()
+    tiny, less = (
+        " ".join(f"--config.{key}={value}" for key, value in values.items())
+        for values in (_TINY, _LESS)
+    )
+    script = _INTERPRETER.format(python=sys.executable, tiny=tiny, less=less)
+    (binaries / "python").write_text(script)
+    (binaries / "python").chmod(0o755)
+    (binaries / "activate").write_text("PATH=$PWD/.venv/bin:$PATH\n")
+
+    corpus = commands.write_corpus(root / "books")
+    (root / "notes").mkdir()
+    for file in corpus.iterdir():
+        (root / "notes" / file.with_suffix(".md").name).write_text(file.read_text())
+    texts = [file.read_text() for file in sorted(corpus.iterdir())]
+    records = "".join(json.dumps({"content": text}) + "\n" for text in texts)
+    (root / "records.jsonl").write_text(records)
+    (root / "input.txt").write_text("".join(texts))
+    return root
+
+
+@pytest.fixture(scope="module")
+def done(checkout) -> str:
+    """What the commands printed, all of them having succeeded."""
+    env = commands.environment(cache=checkout / "cache") | {"TFDS_DATA_DIR": str(checkout / "tfds")}
+    for variable in ("PYTHON", "VENV", "LM_JAX_EXTRAS"):
+        env.pop(variable, None)
+    for code in blocks("python"):
+        if named := re.match(r"# (\S+\.py)\n", code):
+            (checkout / named[1]).write_text(code)
+        else:
+            _run([sys.executable, "-c", code], checkout, env)
+    script = "\n".join(["set -eu", *blocks("sh")])
+    return _run(["bash", "-c", script], checkout, env)
+
+
+def _run(command: list[str], folder: pathlib.Path, env: dict[str, str]) -> str:
+    ended = subprocess.run(
+        command,
+        cwd=folder,
+        env=env,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert ended.returncode == 0, ended.stdout
+    return ended.stdout
+
+
+def test_commands_and_code_run(done, checkout):
+    assert len(blocks("sh")) > 8 and len(blocks("python")) == 2
+    for workdir in re.findall(r"--workdir=(runs/\w+)", "".join(blocks("sh"))):
+        assert (checkout / workdir / "checkpoints").is_dir(), workdir
+    longer = (checkout / "runs" / "quickstart" / "metrics.jsonl").read_text().splitlines()
+    steps = [r["step"] for r in map(json.loads, longer) if r["kind"] == "train"]
+    assert steps == [1, 2, 3, 4]
+    assert "starts from the weights of runs/quickstart" in done
+    assert "8 x cpu (data 2 x fsdp 2 x tensor 2)" in done
+    assert len((checkout / "completions.jsonl").read_text().splitlines()) == 2
+    assert done.count('"bits_per_byte"') == 2
+    assert (checkout / "tfds" / "local_text" / "notes").is_dir()
+    assert "1 passed" in done
+    assert "--config.optimizer.warmup_steps=" in done  # --help
+
+
+def test_extras_that_it_installs_exist(done, checkout):
+    project = tomllib.loads((commands.ROOT / "pyproject.toml").read_text())["project"]
+    installed = re.findall(r"\[([\w,]+)\]", (checkout / "pip.log").read_text())
+    assert installed == ["test", "test,cuda"]
+    assert {"test", "cuda", "tpu"} <= set(project["optional-dependencies"])
+
+
+def test_workdir_holds_what_it_says(done, checkout):
+    listing = README.split("## What a workdir holds")[1].split("```")[1]
+    named = [line.split()[0] for line in listing.strip().splitlines()]
+    run = checkout / "runs" / "quickstart"
+    for name in set(named) - {"checkpoints/STEP/", "profile/"}:
+        assert (run / name).exists(), name
+    assert {entry.name for entry in run.iterdir()} <= {name.split("/")[0] for name in named}
+
+
+def test_recipes_in_the_table_are_those_there_are():
+    import test_recipes
+
+    rows = dict(re.findall(r"^\| `(\w+)\.py` \| (.*?) \|", README, re.MULTILINE))
+    assert set(rows) == {path.stem for path in (commands.ROOT / "configs").glob("*.py")}
+    for recipe, cell in rows.items():
+        there = {v for r, v in test_recipes.VARIANTS if r == recipe}
+        named = set(re.findall(r"`(\S+?)`", cell))
+        assert named <= there and (named == there or recipe == "gpt3")
+
+
+def test_keys_and_files_that_it_names_exist():
+    keys = [key for key, _, _ in walk(Config())]
+    sections = "model|data|tokenizer|optimizer|training|mesh|checkpoint|logging"
+    for key in re.findall(rf"`((?:{sections})\.(?!json)\w+)", README):
+        assert key in keys, key
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (commands.ROOT / path).exists(), path
+    layout = README.split("## How the code is laid out")[1]
+    for path in re.findall(r"`((?:data|model|training|sharding)/\w+\.py)`", layout):
+        assert (commands.ROOT / "lm_jax" / path).exists(), path
+    for folder in re.findall(r"^  (\w+)/ ", layout, re.MULTILINE):
+        assert os.path.isdir(commands.ROOT / "lm_jax" / folder), folder
