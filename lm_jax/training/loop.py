@@ -7,6 +7,7 @@ Where the state comes from, the first that applies: the newest checkpoint of the
 command again goes on bit for bit); the weights of another run (`init_from`); the seed.
 """
 
+import itertools
 import math
 import os
 import shlex
@@ -29,7 +30,7 @@ from lm_jax.model.flops import peak_flops, training_flops_per_token
 from lm_jax.sharding.mesh import batch_shards, make_mesh, to_devices
 from lm_jax.training import workdir as workdir_lib
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
-from lm_jax.training.metrics import Metrics, Stopwatch
+from lm_jax.training.metrics import Metrics, Stopwatch, speed
 from lm_jax.training.optimizer import check_rules
 from lm_jax.training.signals import StopSignal
 from lm_jax.training.step import Step, TrainState, make_step, skeleton_of
@@ -63,10 +64,18 @@ def train(config: Config, workdir: str) -> int:
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
         run = _Run(config, workdir, mesh, tokenizer, stream, checkpoints)
-        state, start = run.restore_or_begin()
-        if jax.process_index() == 0:
-            workdir_lib.settle(workdir, asked, tokenizer)
-        return run.go(state, start)
+        try:
+            state, start = run.restore_or_begin()
+            if jax.process_index() == 0:
+                workdir_lib.settle(workdir, asked, tokenizer)
+            return run.go(state, start)
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            raise UserError(
+                "out of device memory: raise training.accumulation, set model.remat=full, lower"
+                f" data.batch_size, or share the model out with mesh.fsdp\n{e}"
+            ) from None
 
 
 def _check_batch(config: Config, shards: int) -> None:
@@ -102,8 +111,9 @@ class _Run:
         self.byte_lengths = to_devices(byte_lengths(tokenizer, config.model.vocab_size), mesh)
         self.watch, self.saved_at = Stopwatch(), -1
         self.tokens = self.tokens_logged = 0.0  # real targets dispatched, and those of logged steps
-        self.logged_at = 0
+        self.start = self.logged_at = 0
         self.waiting: tuple | None = None  # (step, metrics, tokens) to be logged
+        self.newest: dict[str, jax.Array] | None = None  # metrics of the step done last
 
     def go(self, state: TrainState, start: int) -> int:
         """From step `start` to the end; returns the signal that ended it, or 0."""
@@ -114,7 +124,7 @@ class _Run:
             self.metrics.say(f"step {start} of {config.steps}: nothing left to train")
         elif start == 0:
             self._sample(state, 0)
-        step = self.logged_at = start
+        step = self.start = self.logged_at = start
         first_profiled, last_profiled = logging.profile_steps or (-1, -1)
         with StopSignal() as self.stop, jax.transfer_guard("disallow"):
             self.watch.lap()
@@ -132,13 +142,13 @@ class _Run:
                     break
                 if step + 1 == first_profiled:
                     jax.profiler.start_trace(os.path.join(self.workdir, "profile"))
-                state, metrics = self.train_step(state, batch)
+                state, self.newest = self.train_step(state, batch)
                 step += 1
                 self._log_waiting()  # the step before: the device never waits for the log
                 if step % logging.every == 0 or step in (start + 1, config.steps):
-                    self.waiting = step, metrics, self.tokens
+                    self.waiting = step, self.newest, self.tokens
                 if step == last_profiled:
-                    jax.block_until_ready(metrics)
+                    jax.block_until_ready(self.newest)
                     jax.profiler.stop_trace()
                 self._at_intervals(state, step)
             self._log_waiting()
@@ -232,37 +242,45 @@ class _Run:
 
     def _save(self, state: TrainState, step: int) -> None:
         if self.saved_at != step:
+            if self.newest is not None:
+                self._check_finite(step, self.newest)
             self.checkpoints.save(step, state, self.stream.get_state())
             self.saved_at = step
+
+    def _check_finite(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        """The metrics as numbers, once loss and gradient are known to be numbers too."""
+        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        wrong = [k for k in ("loss", "gradient_norm") if not math.isfinite(values[k])]
+        if wrong:
+            self.metrics.close()
+            saved = self.checkpoints.latest()
+            raise UserError(
+                f"the {wrong[0].replace('_', ' ')} is {values[wrong[0]]} at step {step}: lower"
+                " optimizer.learning_rate or lengthen the warm-up; "
+                + ("nothing was saved yet" if saved is None else f"step {saved} is saved")
+            )
+        return values
 
     def _log_waiting(self) -> None:
         if self.waiting is None:
             return
         (step, metrics, tokens), self.waiting = self.waiting, None
-        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-        if not math.isfinite(values["loss"]):
-            self.metrics.close()
-            newest = self.checkpoints.latest()
-            raise UserError(
-                f"the loss is {values['loss']} at step {step}: lower optimizer.learning_rate or"
-                " lengthen the warm-up; "
-                + ("nothing was saved yet" if newest is None else f"step {newest} is saved")
-            )
-        seconds = self.watch.lap()
-        rate = (tokens - self.tokens_logged) / seconds
-        flops = rate * training_flops_per_token(self.config.model, self.config.data.length)
-        values |= {
-            "tokens_per_second": rate,
-            "model_flops_per_second": flops,
-            "seconds_per_step": seconds / (step - self.logged_at),
-        }
-        peak = peak_flops(self.mesh.devices.flat[0].device_kind) * self.mesh.size
-        if not math.isnan(peak):
-            values["mfu"] = flops / peak
+        values = self._check_finite(step, metrics)
+        seconds, steps = self.watch.lap(), step - self.logged_at
+        values["seconds_per_step"] = seconds / steps
+        note = f"first step in {seconds:.1f} s, compilation included"
+        if step > self.start + 1:  # of the first, the time says nothing about the next
+            rate = (tokens - self.tokens_logged) / seconds
+            flops = rate * training_flops_per_token(self.config.model, self.config.data.length)
+            values |= {"tokens_per_second": rate, "model_flops_per_second": flops}
+            peak = peak_flops(self.mesh.devices.flat[0].device_kind) * self.mesh.size
+            if not math.isnan(peak):
+                values["mfu"] = flops / peak
+            left = (self.config.training.steps - step) * seconds / steps
+            note = speed(values, left)
         self.tokens_logged, self.logged_at = tokens, step
         self.metrics.write("train", step, values)
-        left = (self.config.training.steps - step) * values["seconds_per_step"]
-        self.metrics.progress(step, values, left)
+        self.metrics.progress(step, f"loss {values['loss']:.4f} | {note}")
 
     def _evaluate(self, state: TrainState, step: int) -> None:
         training = self.config.training
@@ -277,13 +295,19 @@ class _Run:
             lambda batch: self.evaluate_step(
                 state.parameters, to_devices(batch, self.mesh), self.byte_lengths
             ),
-            batches,
+            itertools.takewhile(lambda _: not self._stop_now(), batches),
         )
+        if self._stop_now():
+            return  # a signal leaves no time for the rest, and a part is another measure
         self.metrics.write("validation", step, values)
         parts = [f"validation loss {values['loss']:.4f}", f"perplexity {values['perplexity']:.2f}"]
         if "bits_per_byte" in values:
             parts.append(f"{values['bits_per_byte']:.3f} bits per byte")
         self.metrics.say(f"step {step}: " + ", ".join(parts))
+
+    def _stop_now(self) -> bool:
+        """Whether to drop what can be done later; several processes would first have to agree."""
+        return self.stop.number > 0 and jax.process_count() == 1
 
     def _sample(self, state: TrainState, step: int) -> None:
         training = self.config.training

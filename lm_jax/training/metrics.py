@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
@@ -59,20 +58,16 @@ class Metrics:
         if self._wandb:
             self._wandb.log({f"{kind}/{key}": v for key, v in values.items()}, step=step)
 
-    def progress(self, step: int, values: dict[str, float], seconds_left: float) -> None:
+    def progress(self, step: int, text: str) -> None:
         """The live line on a terminal, a line of its own elsewhere."""
         if not self._active:
             return
-        parts = [f"loss {values['loss']:.4f}", f"{_short(values['tokens_per_second'])} tokens/s"]
-        if "mfu" in values:
-            parts.append(f"MFU {values['mfu']:.1%}")
-        parts.append(f"{_clock(seconds_left)} left")
         if self._bar is not None:
-            self._bar.set_postfix_str(" | ".join(parts), refresh=False)
+            self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
             self._bar.refresh()
         else:
-            self.say(" | ".join([f"step {step}/{self._steps}", *parts]))
+            self.say(f"step {step}/{self._steps} | {text}")
 
     def say(self, text: str) -> None:
         """A line for the reader, above the live one."""
@@ -160,6 +155,14 @@ def _start_wandb(workdir: str, config: Config):
     )
 
 
+def speed(values: dict[str, float], seconds_left: float) -> str:
+    """Throughput and the time left, for a reader."""
+    parts = [f"{_short(values['tokens_per_second'])} tokens/s"]
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    return " | ".join([*parts, f"{_clock(seconds_left)} left"])
+
+
 def _short(n: float) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if n >= size:
@@ -168,8 +171,6 @@ def _short(n: float) -> str:
 
 
 def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

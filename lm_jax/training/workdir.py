@@ -86,6 +86,7 @@ def obtain_tokenizer(workdir: str, config: Config) -> Tokenizer:
     if os.path.isdir(folder):
         return load_tokenizer(folder)
     if config.init_from:
+        read_config(config.init_from)  # says so if there is no run there
         return load_tokenizer(os.path.join(config.init_from, "tokenizer"))
     return train_tokenizer(config.tokenizer, _text_to_learn_from(config))
 
