@@ -34,7 +34,7 @@ def _derive(config: Config) -> None:
     model, data, training = config.model, config.data, config.training
     if model.kv_heads is None:
         model.kv_heads = model.heads
-    if model.head_width is None and model.heads > 0:
+    if model.head_width is None and model.heads > 0 and model.width % model.heads == 0:
         model.head_width = model.width // model.heads
     if model.mlp_width is None:
         model.mlp_width = 4 * model.width
@@ -48,12 +48,17 @@ def _checks(config: Config):
     """Yields (holds, key, what to do) in an order in which earlier ones make later ones safe."""
     model, data, optimizer = config.model, config.data, config.optimizer
     training, mesh = config.training, config.mesh
+    yield (
+        model.head_width is not None or model.heads < 1,
+        "model.heads",
+        f"{model.heads} do not divide model.width = {model.width}: or give model.head_width",
+    )
     positive = {
         "model.layers": model.layers,
         "model.width": model.width,
         "model.heads": model.heads,
         "model.kv_heads": model.kv_heads,
-        "model.head_width": model.head_width,
+        "model.head_width": 1 if model.head_width is None else model.head_width,
         "model.mlp_width": model.mlp_width,
         "model.max_length": model.max_length,
         "tokenizer.vocab_size": config.tokenizer.vocab_size,
@@ -70,7 +75,7 @@ def _checks(config: Config):
     }
     for key, value in positive.items():
         yield (value or 0) > 0, key, f"must be at least 1, not {value}"
-    if any((value or 0) <= 0 for value in positive.values()):
+    if model.head_width is None or any((value or 0) <= 0 for value in positive.values()):
         return
     for key, value, _ in walk(config):
         if isinstance(value, float):
@@ -80,11 +85,6 @@ def _checks(config: Config):
         model.heads % model.kv_heads == 0,
         "model.kv_heads",
         f"{model.kv_heads} does not divide model.heads = {model.heads}",
-    )
-    yield (
-        config.model.head_width * model.heads == model.width or model.head_width > 0,
-        "model.head_width",
-        "give it, or a width that the heads divide",
     )
     yield (
         model.position != "rope" or model.head_width % 2 == 0,
