@@ -163,9 +163,27 @@ def _checks(config: Config):
         "training.loss_chunk",
         f"{training.loss_chunk} does not divide data.length = {data.length}",
     )
-    yield optimizer.learning_rate > 0, "optimizer.learning_rate", "must be above 0"
-    yield optimizer.clip_norm >= 0, "optimizer.clip_norm", "must be at least 0"
-    yield optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "must be at least 0"
+    above_0 = "optimizer.learning_rate optimizer.muon_learning_rate optimizer.epsilon"
+    above_0 += " model.norm_epsilon model.init_std model.rope_theta model.rope_scaling.factor"
+    above_0 += " model.rope_scaling.original_length optimizer.decay_steps checkpoint.keep_every"
+    from_0 = "optimizer.clip_norm optimizer.warmup_steps optimizer.weight_decay training.z_loss"
+    from_0 += " training.evaluate_every training.sample_every training.sample_tokens"
+    from_0 += " checkpoint.every"
+    parts = "optimizer.b1 optimizer.b2 optimizer.muon_momentum"
+    for key, value, _ in walk(config):
+        if value is not None and key in above_0.split():
+            yield value > 0, key, f"must be above 0, not {value}"
+        elif key in from_0.split():
+            yield value >= 0, key, f"must be at least 0, not {value}"
+        elif key in parts.split():
+            yield 0 <= value < 1, key, f"must be in [0, 1), not {value}"
+    yield 0 <= optimizer.final_fraction <= 1, "optimizer.final_fraction", "must be in [0, 1]"
+    scaling = model.rope_scaling
+    yield (
+        scaling.high_frequency_factor > scaling.low_frequency_factor,
+        "model.rope_scaling.high_frequency_factor",
+        f"must be above low_frequency_factor = {scaling.low_frequency_factor}",
+    )
     axes = (mesh.data, mesh.fsdp, mesh.tensor)
     yield (
         all(n == -1 or n > 0 for n in axes) and axes.count(-1) <= 1,
