@@ -2,6 +2,7 @@
 
 import hashlib
 import pathlib
+import re
 
 import commands
 import pytest
@@ -163,4 +164,5 @@ def test_a_run_that_diverges_is_stopped(corpus, tmp_path):
         optimizer__warmup_steps=0,
     )
     message = fails(*flags, f"--workdir={tmp_path / 'run'}")
-    assert "the loss is" in message and "optimizer.learning_rate" in message
+    assert re.search("the (loss|gradient norm) is (nan|inf) at step", message)
+    assert "optimizer.learning_rate" in message
