@@ -22,7 +22,9 @@ _PEAKS = {
     "H200": 989e12,
     "B200": 2250e12,
     "A100": 312e12,
-    "L4": 121e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,  # after the two above, whose names it is a part of
 }
 
 

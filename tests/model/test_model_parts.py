@@ -437,4 +437,5 @@ def test_training_flops_are_three_times_those_that_xla_counts_forward():
 def test_peaks_are_those_of_the_device_and_unknown_elsewhere():
     assert flops.peak_flops("TPU v5 lite") == 197e12 < flops.peak_flops("TPU v5p") == 459e12
     assert flops.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert flops.peak_flops("NVIDIA L4") < flops.peak_flops("NVIDIA L40S")
     assert np.isnan(flops.peak_flops("cpu"))
