@@ -190,6 +190,7 @@ def test_what_the_model_has_learned_may_not_be_changed_on_resuming():
         ("model.learning_rate", "optimizer.learning_rate"),
         ("model.rope_scaling.factr", "model.rope_scaling.factor"),
         ("batch_size", "data.batch_size"),
+        ("hyperparameters.b1", "optimizer.b1"),
         ("zzz", None),
     ],
 )
