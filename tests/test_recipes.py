@@ -23,6 +23,7 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 # leaves out positions (0.80M and 10.65M), with them added.
 PUBLISHED = {
     ("shakespeare_char", "cpu"): (65, 795_904 + 64 * 128),
+    ("shakespeare_char", "cpu_muon"): (65, 795_904 + 2 * 4 * 32),  # no positions, two QK-norms
     ("shakespeare_char", "gpu"): (65, 10_646_784 + 256 * 384),
     ("gpt2", "124m"): (50257, 124_439_808),
     ("gpt2", "355m"): (50257, 354_823_168),
