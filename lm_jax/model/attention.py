@@ -93,8 +93,9 @@ def attention(
         return _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_BTKGH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum(
+    grouped = activation_spec("batch", "length", "kv_heads", None, "head_width")
+    q_BTKGH = jax.lax.reshape(q_BTNH, (B, T, K, N // K, H), out_sharding=grouped)
+    scores_BKGTS = H**-0.5 * jnp.einsum(
         "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
     )
     if mask_BTS is not None:
@@ -102,7 +103,8 @@ def attention(
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
     weights_BKGTS = dropout(weights_BKGTS, dropout_rate, dropout_key)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    return out_BTKGH.reshape(B, T, N, H)
+    merged = activation_spec("batch", "length", "heads", "head_width")
+    return jax.lax.reshape(out_BTKGH, (B, T, N, H), out_sharding=merged)
 
 
 def _cudnn(
