@@ -282,6 +282,11 @@ class Transformer(nnx.Module):
 
 
 def logits_of(x_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    """float32 [B, T, V], from a product in the dtype of `x_BTD`."""
-    head_DV = head_DV.astype(x_BTD.dtype)
-    return jnp.einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32)
+    """float32 [B, T, V], from one product of two matrices in the dtype of `x_BTD`."""
+    (B, T, D), V = x_BTD.shape, head_DV.shape[1]
+    x_MD = jax.lax.reshape(x_BTD, (B * T, D), out_sharding=activation_spec("batch", "embed"))
+    logits_MV = jnp.einsum(
+        "MD,DV->MV", x_MD, head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32
+    )
+    spec = activation_spec("batch", "length", "vocab")
+    return jax.lax.reshape(logits_MV, (B, T, V), out_sharding=spec)
