@@ -14,9 +14,11 @@ from lm_jax.config import (
     TokenizerConfig,
     TrainingConfig,
 )
+from lm_jax.recipes import choose
 
 
-def get_config(variant: str = "") -> Config:
+def get_config(variant: str = "only") -> Config:
+    choose(variant, {"only": None})
     return Config(
         model=ModelConfig(
             layers=4,
@@ -31,6 +33,7 @@ def get_config(variant: str = "") -> Config:
             attention_bias=False,
             mlp_bias=False,
             qk_norm=True,
+            init_std=0.06,  # 1 / sqrt(width)
             dtype="float32",  # a CPU computes bfloat16 more slowly
             scan_layers=False,  # four layers compile fast, and run faster in a row
         ),
@@ -43,19 +46,19 @@ def get_config(variant: str = "") -> Config:
             validation_fraction=0.02,
         ),
         optimizer=OptimizerConfig(
-            name="muon",
+            name="adamw",
             learning_rate=3e-3,
-            muon_learning_rate=0.02,
-            schedule="wsd",
-            warmup_steps=20,
+            schedule="wsd",  # so that a longer run goes on where the shorter one stood
+            warmup_steps=40,
+            final_fraction=0.1,
         ),
         training=TrainingConfig(
-            steps=400,
-            evaluate_every=100,
+            steps=360,
+            evaluate_every=120,
             evaluate_batches=8,
             sample_prompt="def ",
             sample_tokens=80,
         ),
-        checkpoint=CheckpointConfig(every=100),
+        checkpoint=CheckpointConfig(every=120),
         logging=LoggingConfig(every=10),
     )

@@ -8,7 +8,7 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 VENV=${VENV:-$ROOT/.venv}
 case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
-_NEEDED_MB=2000  # the environment and what pip unpacks on the way; 1.3 GB as measured
+_NEEDED_MB=2000  # the environment, 1.1 GB, and what pip unpacks on the way
 
 _fail() {
   printf 'error: %s\n' "$1" >&2

@@ -77,6 +77,9 @@ def run(main: Callable[[list[str]], None]) -> None:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
 
+    if {"--help", "-help", "-h"} & set(sys.argv[1:]):
+        app.usage(shorthelp=True, writeto_stdout=True)  # absl's own --help counts as a failure
+        sys.exit(0)
     app.run(guarded, flags_parser=_parse)
 
 

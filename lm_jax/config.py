@@ -8,6 +8,8 @@ file imports nothing heavy, so that `--help` stays fast.
 import dataclasses
 import difflib
 import json
+import types
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -118,12 +120,14 @@ class OptimizerConfig:
     learning_rate: float = 6e-4  # the peak
     schedule: str = choice("cosine", "linear", "rsqrt", "wsd", "constant")
     warmup_steps: int = 100
-    decay_steps: int | None = None  # wsd: steps of the final decay; others: total. None: see README
+    # wsd: how long the final decay takes (None: a fifth of the run); others: the step at which it
+    # ends (None: the last).
+    decay_steps: int | None = None
     final_fraction: float = 0.1  # of the peak, at the end of cosine, linear and wsd
     b1: float = 0.9  # adamw and lion; adam's part of muon
     b2: float = 0.95
     epsilon: float = 1e-8
-    weight_decay: float = 0.1  # times the learning rate, on the weights that `decays` names
+    weight_decay: float = 0.1  # times the learning rate; of all but norms and biases
     clip_norm: float = 1.0  # global gradient norm; 0 turns clipping off
     muon_momentum: float = 0.95
     muon_learning_rate: float = 0.02  # of the matrices; `learning_rate` is for all the rest
@@ -137,9 +141,8 @@ class TrainingConfig:
     seed: int = 0
     accumulation: int = 1  # micro-batches a step
     z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, section 5)
-    loss_chunk: int | None = resumable(
-        None
-    )  # positions whose logits exist at a time; None: by size
+    # Positions of a row whose logits exist at a time; None: as many as fit in 128 MiB.
+    loss_chunk: int | None = resumable(None)
     evaluate_every: int = resumable(250)  # steps; 0: never
     evaluate_batches: int | None = resumable(None)  # None: the whole validation split
     evaluate_batch_size: int | None = resumable(None)  # rows; None: a micro-batch
@@ -242,10 +245,25 @@ def _from_dict(kind: type, values: Any, where: str, prefix: str) -> Any:
         current = getattr(out, name)
         if dataclasses.is_dataclass(current):
             value = _from_dict(type(current), value, where, f"{prefix}{name}.")
-        elif isinstance(current, tuple):
-            value = tuple(value)
+        else:
+            value = tuple(value) if isinstance(value, list) else value
+            wanted = known[name].type
+            if not _fits(value, wanted):
+                wanted = wanted.__name__ if isinstance(wanted, type) else wanted
+                raise UserError(f"{where}: '{prefix}{name}' must be {wanted}, not {value!r}")
         setattr(out, name, value)
     return out
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of an annotated type."""
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, typing.get_args(kind)[0]) for v in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def differences(old: Config, new: Config) -> list[str]:

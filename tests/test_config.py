@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import pathlib
+import typing
 
 import pytest
 
@@ -151,7 +152,7 @@ def altered(value, field) -> object:
         case str():
             return value + "x"
         case tuple():
-            return (*value, 1)
+            return (*value, typing.get_args(field.type)[0](1))
         case None:
             return 3
 

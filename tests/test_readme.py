@@ -22,7 +22,6 @@ from lm_jax.config import Config, walk
 README = (commands.ROOT / "README.md").read_text(encoding="utf-8")
 
 _INTERPRETER = """#!/bin/sh
-case "$*" in *--help*) '{python}' "$@" || true; exit 0 ;; esac  # absl ends it with 1
 steps=2 more=
 case "$*" in *training.steps=*) steps=4 ;; esac
 case "$*" in *runs/quickstart*) ;; *) more='{less}' ;; esac

@@ -56,7 +56,7 @@ def module(recipe: str):
 
 
 def configured(recipe: str, variant: str, vocab_size: int = 50257) -> Config:
-    config = module(recipe).get_config(variant)
+    config = module(recipe).get_config(*[variant] if variant else [])
     if not config.data.sources:
         config.data.sources = ("corpus.txt",)
     config.model.vocab_size = vocab_size

@@ -242,13 +242,13 @@ class Transformer(nnx.Module):
         if self.position_embedding is not None:
             places = use(self.position_embedding, c.dtype)
             x_BTD = x_BTD + places.at[positions_BT].get(out_sharding=activation)
+        if c.norm_placement == "post":
+            x_BTD = self.norm(x_BTD)
         keys = None
         if dropout_key is not None and c.dropout:
             embed_key, layers_key = jax.random.split(dropout_key)
             x_BTD = dropout(x_BTD, c.dropout, embed_key)
             keys = jax.random.split(layers_key, c.layers)
-        if c.norm_placement == "post":
-            x_BTD = self.norm(x_BTD)
         x_BTD, cache = self._run_blocks(x_BTD, context, cache, keys)
         if c.norm_placement == "pre":
             x_BTD = self.norm(x_BTD)

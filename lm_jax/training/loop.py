@@ -327,13 +327,11 @@ class _Run:
         self.metrics.say(f"--- sample at step {step} ---\n{text}\n---")
 
     def _farewell(self, step: int, caught: int) -> str:
-        quoted = shlex.quote(self.workdir)
-        return (
-            f"stopped after step {step} of {self.config.training.steps}; the same command goes on"
-            if caught
-            else f"done: step {step} in {self.workdir}\n"
-            f"generate from it: python -m lm_jax.generate --workdir={quoted}"
-        )
+        steps = self.config.training.steps
+        if caught and step < steps:
+            return f"stopped after step {step} of {steps}; the same command goes on"
+        command = f"python -m lm_jax.generate --workdir={shlex.quote(self.workdir)}"
+        return f"done: step {step} in {self.workdir}\ngenerate from it: {command}"
 
 
 def _this_process() -> dict[str, int]:

@@ -74,7 +74,8 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: float | None = None
                 return peak * (max(warmup, 1) / (jnp.maximum(step, 0) + max(warmup, 1))) ** 0.5
 
         case "wsd":  # Hu et al. 2024: warm up, stay, decay linearly over the last steps
-            length = config.decay_steps if config.decay_steps is not None else max(1, steps // 5)
+            length = max(1, steps // 5) if config.decay_steps is None else config.decay_steps
+            length = min(length, max(1, steps - warmup))  # it ends where the run ends
             decay = optax.linear_schedule(peak, final, length, max(0, steps - warmup - length))
         case "constant":
             decay = optax.constant_schedule(peak)
