@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules, from optax, with decay decided by a parameter's name."""
 
+import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
@@ -52,6 +53,19 @@ def _is_muons(parameters: Parameters) -> dict[str, bool]:
     return {name: axes is not None for name, axes in _muon_axes(parameters).items()}
 
 
+def _is_stacked(parameters: Parameters) -> dict[str, bool]:
+    return {name: name.startswith("blocks.") for name in parameters}
+
+
+def _layer_by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`rule` on each layer of stacked parameters [L, ...] as if it stood alone."""
+
+    def update(updates, state, parameters=None):
+        return jax.vmap(rule.update)(updates, state, parameters)
+
+    return optax.GradientTransformation(jax.vmap(rule.init), update)
+
+
 def make_schedule(config: OptimizerConfig, steps: int, peak: float | None = None) -> optax.Schedule:
     """Step -> learning rate: linear warm-up to the peak, then the decay that the config names.
 
@@ -96,12 +110,13 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             )
         case "lion":  # Chen et al. 2023
             rule = optax.lion(rate, config.b1, config.b2, weight_decay=decay, mask=_decays)
-        case (
-            "adafactor"
-        ):  # Shazeer and Stern 2018; the rate is absolute and not relative to a weight
+        case "adafactor":  # Shazeer and Stern 2018; the rate is absolute, as AdamW's
+            # Heads are narrower than optax's bound of 128, and would keep whole second moments.
+            factored = optax.chain(
+                optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.clip_by_block_rms(1.0)
+            )
             rule = optax.chain(
-                optax.scale_by_factored_rms(),
-                optax.clip_by_block_rms(1.0),
+                optax.partition({True: _layer_by_layer(factored), False: factored}, _is_stacked),
                 optax.add_decayed_weights(decay, mask=_decays),
                 optax.scale_by_learning_rate(rate),
             )

@@ -50,24 +50,26 @@ def lion(p, gradients, config, rates):
 def adafactor(p, gradients, config, rates):
     """Shazeer and Stern 2018, algorithms 4 and 5, without momentum, with an absolute rate.
 
-    The second moment is factored over the two longest axes where both have 128 places or more.
+    The second moment is factored over the two longest axes where both have 32 places or more. Each
+    layer of a stacked weight stands alone.
     """
-    p, v = dict(p), dict.fromkeys(p, 0.0)
+    layers = {k: range(p[k].shape[0]) if k.startswith("blocks.") else (...,) for k in p}
+    p, v = {k: x.copy() for k, x in p.items()}, {}
     for t, (g, rate) in enumerate(zip(gradients, rates), start=1):
         g, keep = clipped(g, config.clip_norm), 1 - t**-0.8
-        for k in p:
-            square = g[k] ** 2 + 1e-30
-            *_, a, b = np.argsort(p[k].shape) if p[k].ndim > 1 else (0, 0)
-            if p[k].ndim > 1 and p[k].shape[a] >= 128:
-                rows, columns = v[k] if t > 1 else (0.0, 0.0)
+        for k, i in [(name, layer) for name in p for layer in layers[name]]:
+            square = g[k][i] ** 2 + 1e-30
+            *_, a, b = np.argsort(square.shape) if square.ndim > 1 else (0, 0)
+            if square.ndim > 1 and square.shape[a] >= 32:
+                rows, columns = v.get((k, i), (0.0, 0.0))
                 rows = keep * rows + (1 - keep) * square.mean(b, keepdims=True)
                 columns = keep * columns + (1 - keep) * square.mean(a, keepdims=True)
-                v[k], second = (rows, columns), rows * columns / rows.mean(a, keepdims=True)
+                v[k, i], second = (rows, columns), rows * columns / rows.mean(a, keepdims=True)
             else:
-                second = v[k] = keep * v[k] + (1 - keep) * square
-            step = g[k] / np.sqrt(second)
+                second = v[k, i] = keep * v.get((k, i), 0.0) + (1 - keep) * square
+            step = g[k][i] / np.sqrt(second)
             step = step / max(1.0, np.sqrt((step**2).mean()))
-            p[k] = p[k] - rate * (step + decay_of(config, k) * p[k])
+            p[k][i] = p[k][i] - rate * (step + decay_of(config, k) * p[k][i])
     return p
 
 
