@@ -48,7 +48,7 @@ def get_config(variant: str = "only") -> Config:
         optimizer=OptimizerConfig(
             name="adamw",
             learning_rate=3e-3,
-            schedule="wsd",  # so that a longer run goes on where the shorter one stood
+            schedule="wsd",  # Hu et al. 2024: no length has to be known until the decay begins
             warmup_steps=40,
             final_fraction=0.1,
         ),

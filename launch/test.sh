@@ -12,6 +12,6 @@ make_environment test
 
 cd "$ROOT"
 export JAX_PLATFORMS=cpu
-"$VENV/bin/python" -m ruff check
-"$VENV/bin/python" -m ruff format --check
+"$VENV/bin/python" -m ruff check lm_jax tests # configs/ may hold recipes of your own
+"$VENV/bin/python" -m ruff format --check lm_jax tests
 exec "$VENV/bin/python" -m pytest "$@"

@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags
@@ -73,9 +74,18 @@ def run(main: Callable[[list[str]], None]) -> None:
             main(argv)
         except UserError as e:
             _fail(str(e))
+        except RuntimeError as e:
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            _fail(
+                "out of device memory: for training, raise training.accumulation, set"
+                " model.remat=full, lower data.batch_size or raise mesh.fsdp; else lower"
+                f" --batch_size\n{e}"
+            )
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            sys.stdout.flush()
+            print("\ninterrupted", file=sys.stderr, flush=True)
+            os._exit(130)  # not by way of XLA's own end, which crashes in the middle of a step
 
     if {"--help", "-help", "-h"} & set(sys.argv[1:]):
         app.usage(shorthelp=True, writeto_stdout=True)  # absl's own --help counts as a failure
@@ -106,17 +116,57 @@ def _fail(message: str) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     known = {key: value for key, value, _ in walk(Config())}
+    for i in range(len(argv) - 2, 0, -1):
+        if argv[i] in ("--config", "-config"):  # --config FILE is --config=FILE
+            argv[i : i + 2] = [f"--config={argv[i + 1]}"]
+    # A tuple that is given again would be added to; it overrides, as every other key does.
+    last = {arg.partition("=")[0]: i for i, arg in enumerate(argv)}
+    argv = [a for i, a in enumerate(argv) if "config." not in a or last[a.partition("=")[0]] == i]
     try:
         return flags.FLAGS([_checked(arg, argv, known) for arg in argv])
     except UserError as e:
         _fail(str(e))
     except flags.UnrecognizedFlagError as e:
         near = difflib.get_close_matches(e.flagname, list(flags.FLAGS), n=1)
+        if "config" in flags.FLAGS and e.flagname in known:
+            near = [f"config.{e.flagname}"]
         hint = f"; did you mean '--{near[0]}'?" if near else ""
         _fail(f"no flag '--{e.flagname}'{hint} (--help lists them)")
     except Exception as e:  # whatever a recipe raises, and absl's own complaints
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        _fail(lines[-1] if lines else repr(e))
+        recipe = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), "")
+        _fail(_explain(e, recipe.split(":")[0]))
+
+
+def _explain(error: BaseException, recipe: str) -> str:
+    """One message for what a recipe raised, with its line, or for what absl complains of."""
+    outer = _last_line(error)
+    while error.__context__ is not None:  # absl and ml_collections wrap the cause
+        error = error.__context__
+    said = _last_line(error)
+    if isinstance(error, UserError):
+        return str(error)
+    if "has no attribute 'get_config'" in said:
+        return f"{recipe}: a recipe needs a function get_config() that returns a Config"
+    if "get_config() takes" in said:
+        return f"{recipe}: this recipe has no variants: leave out what follows the colon"
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [f.lineno for f in frames if recipe and _same(f.filename, recipe)]
+    if not inside:
+        return outer
+    if match := re.search(r"unexpected keyword argument '(\w+)'", said):
+        names = [key.rpartition(".")[2] for key, _, _ in walk(Config())]
+        near = difflib.get_close_matches(match[1], names, n=1)
+        said += f"; did you mean '{near[0]}'?" if near else ""
+    return f"{recipe}:{inside[-1]}: {type(error).__name__}: {said}"
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else repr(error)
+
+
+def _same(a: str, b: str) -> bool:
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
 
 
 def _checked(arg: str, argv: list[str], known: dict) -> str:

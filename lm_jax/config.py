@@ -248,19 +248,19 @@ def _from_dict(kind: type, values: Any, where: str, prefix: str) -> Any:
         else:
             value = tuple(value) if isinstance(value, list) else value
             wanted = known[name].type
-            if not _fits(value, wanted):
+            if not fits(value, wanted):
                 wanted = wanted.__name__ if isinstance(wanted, type) else wanted
                 raise UserError(f"{where}: '{prefix}{name}' must be {wanted}, not {value!r}")
         setattr(out, name, value)
     return out
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON is of an annotated type."""
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's annotated type."""
     if isinstance(kind, types.UnionType):
-        return any(_fits(value, k) for k in typing.get_args(kind))
+        return any(fits(value, k) for k in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_fits(v, typing.get_args(kind)[0]) for v in value)
+        return isinstance(value, tuple) and all(fits(v, typing.get_args(kind)[0]) for v in value)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

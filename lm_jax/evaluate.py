@@ -19,6 +19,9 @@ _DOCUMENT = flags.DEFINE_enum(
     "document", None, ["file", "paragraph", "line"], "As data.document; default: the run's."
 )
 _TEXT_KEY = flags.DEFINE_string("text_key", None, "As data.text_key; default: the run's.")
+_ON_ERROR = flags.DEFINE_enum(
+    "on_error", None, ["raise", "skip"], "As data.on_error; default: the run's."
+)
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows at a time; default: the run's.")
 _LENGTH = flags.DEFINE_integer("length", None, "Tokens a row; default: the run's.")
@@ -40,6 +43,7 @@ def main(argv: list[str]) -> None:
         "document": _DOCUMENT.value,
         "text_key": _TEXT_KEY.value,
         "length": _LENGTH.value,
+        "on_error": _ON_ERROR.value,
         "validation_sources": tuple(_SOURCE.value) or None,
     }
     result = evaluate_workdir(

@@ -25,6 +25,7 @@ _DOCUMENT = flags.DEFINE_enum(
     "document", _D.document, ["file", "paragraph", "line"], "what one document is in a text file"
 )
 _TEXT_KEY = flags.DEFINE_string("text_key", _D.text_key, "the field of JSONL and Parquet records")
+_ON_ERROR = flags.DEFINE_enum("on_error", _D.on_error, ["raise", "skip"], "as data.on_error")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "a tokenizer to look at: a folder or a file")
 _TEXT = flags.DEFINE_string("text", None, "what to show the tokens of")
 
@@ -61,6 +62,7 @@ def _train(output: str) -> None:
         sources=tuple(_SOURCE.value),
         document=_DOCUMENT.value,
         text_key=_TEXT_KEY.value,
+        on_error=_ON_ERROR.value,
         # Whole files may be few: hold out the end of each. Lines are too short to be cut.
         validation_split="tail" if _DOCUMENT.value == "file" else "document",
     )

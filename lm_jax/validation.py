@@ -2,7 +2,7 @@
 
 import math
 
-from lm_jax.config import Config, walk
+from lm_jax.config import Config, fits, walk
 from lm_jax.errors import UserError
 
 
@@ -12,13 +12,22 @@ def validate(config: Config) -> Config:
     Raises:
       UserError: a line for each field that is wrong, with its key.
     """
-    wrong = _choices(config)
+    wrong = _types(config) or _choices(config)
     if not wrong:
         _derive(config)
         wrong = [f"{key}: {why}" for ok, key, why in _checks(config) if not ok]
     if wrong:
         raise UserError("the config is not usable:\n  " + "\n  ".join(wrong))
     return config
+
+
+def _types(config: Config) -> list[str]:
+    wrong = []
+    for key, value, field in walk(config):
+        if not fits(value, field.type):
+            kind = field.type.__name__ if isinstance(field.type, type) else field.type
+            wrong.append(f"{key}: must be {kind}, not {value!r}")
+    return wrong
 
 
 def _choices(config: Config) -> list[str]:
@@ -126,9 +135,14 @@ def _checks(config: Config):
         "packing 'crop' draws at random and has no epochs: set training.steps instead",
     )
     yield (
-        0 < data.validation_fraction < 1,
+        data.packing != "crop" or (data.shuffle and not data.workers),
+        "data.packing",
+        "'crop' draws at random from memory: leave data.shuffle on and data.workers at 0",
+    )
+    yield (
+        0 < data.validation_fraction <= 0.5,
         "data.validation_fraction",
-        f"must be above 0 and below 1, not {data.validation_fraction}",
+        f"must be above 0 and at most 0.5, not {data.validation_fraction}",
     )
     yield training.seed >= 0, "training.seed", f"must be at least 0, not {training.seed}"
     yield (

@@ -185,5 +185,7 @@ def test_tests_run_from_the_root_after_ruff(checkout, tmp_path, script):
     code, out, _ = checkout.run(script, cwd=tmp_path)
     assert code == 0 and checkout.installs() == ["[test]"]
     root = str(checkout.root)
-    assert out == [root, "ruff", "check", root, "ruff", "format", "--check", root, "pytest"]
+    ruff = [root, "ruff", "check", "lm_jax", "tests"]
+    ruff += [root, "ruff", "format", "--check", "lm_jax", "tests"]
+    assert out == [*ruff, root, "pytest"]
     assert os.access(checkout.root / script, os.X_OK)

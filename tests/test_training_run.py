@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+import re
 import signal
+import socket
 import time
 
 import commands
@@ -111,7 +113,7 @@ def test_a_run_from_text_to_generated_and_evaluated(tmp_path, corpus, cache):
     assert code == 0, err
     assert "step 20/20 | loss" in err and "tokens/s" in err and "left" in err
     assert "--- sample at step 0 ---" in err and "--- sample at step 20 ---" in err
-    assert f"generate from it: python -m lm_jax.generate --workdir={workdir}" in err
+    assert re.search(rf"generate from it: .*python\S* -m lm_jax.generate --workdir={workdir}", err)
     assert list((workdir / "tensorboard").iterdir())
     assert list((workdir / "profile").rglob("*.xplane.pb"))
     records = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -164,3 +166,70 @@ def test_a_finite_number_of_epochs_ends_the_run(tmp_path, corpus, cache):
     assert f"the data ended after {steps} steps" in err
     with Checkpoints(str(workdir)) as checkpoints:
         assert checkpoints.latest() == steps
+
+
+def test_two_processes_learn_as_one_does(tmp_path, corpus, cache):
+    flags = tiny(corpus, training__steps=6, checkpoint__every=3, mesh__data=4, mesh__fsdp=2)
+    train(*flags, f"--workdir={tmp_path / 'one'}", env=environment(8, cache))
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        commands.start(
+            "train",
+            *flags,
+            f"--workdir={tmp_path / 'two'}",
+            env=environment(4, cache) | job | {"JAX_PROCESS_ID": str(i)},
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, out + err
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert sorted(two) == list(range(1, 7))
+    np.testing.assert_allclose(list(two.values()), list(one.values()), atol=1e-5)
+    # Its checkpoint, the places in the data of both, goes on in one process as the other does.
+    flags = tiny(corpus, training__steps=9, mesh__data=4, mesh__fsdp=2)
+    for name in ("one", "two"):
+        train(*flags, f"--workdir={tmp_path / name}", env=environment(8, cache))
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    np.testing.assert_allclose(list(two.values()), list(one.values()), atol=1e-5)
+
+
+def test_a_workdir_is_trained_by_one_command_at_a_time(tmp_path, corpus, cache):
+    workdir, env = tmp_path / "run", environment(cache=cache)
+    flags = [*tiny(corpus, training__steps=100_000), f"--workdir={workdir}"]
+    process = commands.start("train", *flags, env=env)
+    while not (workdir / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    code, _, err = commands.run("train", *flags, env=env)
+    assert code == 1 and f"is being trained by process {process.pid}" in err, err
+    process.kill()
+    process.communicate()
+    code, _, err = commands.run("train", *flags[:-1], f"--workdir={corpus}", env=env)
+    assert code == 1 and "holds other files ('000.txt')" in err, err
+
+
+def test_a_trace_that_a_stop_cut_off_does_not_stand_in_the_way(tmp_path, corpus, cache):
+    workdir, env = tmp_path / "run", environment(cache=cache)
+    for steps in (4, 8):  # the second starts between the first and the last step of the trace
+        flags = tiny(corpus, training__steps=steps, logging__profile_steps="3,6")
+        train(*flags, f"--workdir={workdir}", env=env)
+        assert list((workdir / "profile").rglob("*.xplane.pb"))
+    assert max(losses(workdir)) == 8
+
+
+def test_a_damaged_checkpoint_is_said_to_be(tmp_path, corpus, cache):
+    workdir, env = tmp_path / "run", environment(cache=cache)
+    train(*tiny(corpus, training__steps=1), f"--workdir={workdir}", env=env)
+    for path in (workdir / "checkpoints" / "1" / "parameters").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.unlink()
+    code, _, err = commands.run("generate", f"--workdir={workdir}", env=env)
+    # A thread of tensorstore may still complain by itself after the message.
+    assert code == 1 and err.startswith("error: the checkpoint of step 1 in"), err
+    assert "it is damaged" in err

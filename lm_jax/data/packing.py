@@ -126,14 +126,16 @@ def finish(batch: Batch, attend_across: bool) -> Batch:
 class FlatText:
     """All documents as one array of tokens, from which 'crop' takes windows (as nanoGPT does).
 
-    Several documents are separated by eos, which belongs to the document that it opens. Where the
-    tokenizer has none, the last token of a document has no target, unless rows attend across.
+    Each begins with bos, if the tokenizer has one. Several are separated by eos, which belongs to
+    the document that it opens. Where the tokenizer has no eos, the last token of a document has no
+    target, unless rows attend across.
     """
 
     def __init__(self, documents: Sequence[str], tokenizer: Tokenizer, config: DataConfig):
         small = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
         several = len(documents) > 1
         eos = [] if tokenizer.eos_id is None or not several else [tokenizer.eos_id]
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]  # what a prompt begins with
         # Whether a pair may reach over the end of a document into the next.
         self.crosses = bool(eos) or not several or config.attend_across_documents
         parts, starts, total = [], [], 0
@@ -141,7 +143,7 @@ class FlatText:
             ids = tokenizer.encode(text).astype(small) if text else np.zeros(0, small)
             if not len(ids):
                 continue
-            between = np.array(eos if parts else [], small)
+            between = np.array([*(eos if parts else []), *bos], small)
             starts.append(total)
             parts += [between, ids]
             total += len(between) + len(ids)

@@ -10,13 +10,13 @@ import functools
 import json
 import os
 import re
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from lm_jax.data import files
 from lm_jax.errors import UserError
@@ -38,11 +38,15 @@ class Errors:
         if not self.skip:
             raise UserError(f"{message} (data.on_error='skip' leaves such records out)")
         if message not in self.places:
-            self.places[message] = None
+            self.note(message)
             if len(self.places) <= 3:
-                logging.warning("skipped: %s", message)
-            if len(self.places) == 3:
-                logging.warning("further skipped records are counted, but not logged")
+                print(f"skipped: {message}", file=sys.stderr, flush=True)
+            elif self.count in (10, 100) or self.count % 1000 == 0:
+                print(f"skipped so far: {self.count} records", file=sys.stderr, flush=True)
+
+    def note(self, message: str) -> None:
+        """Counts what was left out, without a word."""
+        self.places[message] = None
 
     @property
     def count(self) -> int:
@@ -86,8 +90,8 @@ class Files(Sequence):
         except OSError as e:
             self.errors.handle(f"{path}: cannot be read: {e.strerror}")
             return True
-        if empty:
-            self.errors.handle(f"{path}: the file is empty")
+        if empty:  # as many an __init__.py; if nothing else is there, the corpus is empty
+            self.errors.note(f"{path}: the file is empty")
         return empty
 
     def __len__(self) -> int:

@@ -71,8 +71,15 @@ def to_devices(local, mesh: Mesh):
     """A dict of this process's rows as global arrays [B, ...]; a lone array as it is everywhere."""
     if not isinstance(local, dict):
         return jax.device_put(local, NamedSharding(mesh, P()))
-    sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in local.items()}
+    sharding, n = batch_sharding(mesh), jax.process_count()
+
+    def whole(rows: np.ndarray) -> jax.Array:
+        # The whole shape is said, or processes that share rows would each be taken for all of them.
+        shape = (rows.shape[0] * n, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    with jax.transfer_guard("allow"):
+        return {key: whole(rows) for key, rows in local.items()}
 
 
 def activation_spec(*axes: str | None) -> P | None:

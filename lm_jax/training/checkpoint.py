@@ -5,8 +5,10 @@ step) and 'data' (JSON: the state of each lane of the input stream). Arrays are 
 whatever the mesh, and restored onto any other.
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,6 +27,7 @@ from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import check_parameters
 from lm_jax.training.step import TrainState, skeleton_of
 from lm_jax.training.workdir import read_config, with_vocabulary
+from lm_jax.validation import validate
 
 
 class Checkpoints:
@@ -82,14 +85,15 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
         """Starts a save; returns when the device's arrays may be overwritten."""
         rest = {"step": state.step, "state": state.optimizer}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                parameters=ocp.args.StandardSave(state.parameters),
-                optimizer=ocp.args.StandardSave(rest),
-                data=ocp.args.JsonSave(_gather(data)),
-            ),
-        )
+        with jax.transfer_guard("allow"):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    parameters=ocp.args.StandardSave(state.parameters),
+                    optimizer=ocp.args.StandardSave(rest),
+                    data=ocp.args.JsonSave(_gather(data)),
+                ),
+            )
 
     def wait(self) -> None:
         self._manager.wait_until_finished()
@@ -98,13 +102,11 @@ class Checkpoints:
         """The state saved at `step`, sharded as `abstract` is, and the place in the data."""
         self._check(step, abstract.parameters)
         rest = {"step": abstract.step, "state": abstract.optimizer}
-        got = self._manager.restore(
+        got = self._restore(
             step,
-            args=ocp.args.Composite(
-                parameters=ocp.args.StandardRestore(_onto(abstract.parameters, mesh)),
-                optimizer=ocp.args.StandardRestore(_onto(rest, mesh)),
-                data=ocp.args.JsonRestore(),
-            ),
+            parameters=ocp.args.StandardRestore(_onto(abstract.parameters, mesh)),
+            optimizer=ocp.args.StandardRestore(_onto(rest, mesh)),
+            data=ocp.args.JsonRestore(),
         )
         optimizer = got["optimizer"]
         return TrainState(optimizer["step"], got["parameters"], optimizer["state"]), got["data"]
@@ -112,13 +114,29 @@ class Checkpoints:
     def restore_parameters(self, step: int, abstract: Parameters, mesh: Mesh) -> Parameters:
         self._check(step, abstract)
         restore = ocp.args.StandardRestore(_onto(abstract, mesh))
-        return self._manager.restore(step, args=ocp.args.Composite(parameters=restore))[
-            "parameters"
-        ]
+        return self._restore(step, parameters=restore)["parameters"]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        with self._readable(step):
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """Says which checkpoint it is that cannot be read."""
+        try:
+            yield
+        except (ValueError, KeyError, OSError, RuntimeError) as e:
+            said = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            raise UserError(
+                f"the checkpoint of step {step} in '{self.folder}' cannot be restored: it is"
+                f" damaged, or of another optimizer ({said[:200]}); use another step, or remove"
+                " that folder to go on from the one before"
+            ) from None
 
     def _check(self, step: int, expected: Parameters) -> None:
         """Raises UserError naming each parameter that is missing, unknown or of another shape."""
-        found = self._manager.item_metadata(step)["parameters"]
+        with self._readable(step):
+            found = self._manager.item_metadata(step)["parameters"]
         found = {k: tuple(v.shape) for k, v in getattr(found, "tree", found).items()}
         wrong = [
             f"{name}: expected {expected[name].shape if name in expected else 'nothing'},"
@@ -181,7 +199,8 @@ def load_for_inference(
     """
     config = read_config(workdir)
     tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
-    config = with_vocabulary(config, tokenizer)
+    config = with_vocabulary(validate(config), tokenizer)
+    config.model.attention = "auto"  # whatever the platform that trained it had
     skeleton = skeleton_of(config.model)
     with Checkpoints(workdir) as checkpoints:
         parameters = checkpoints.restore_parameters(

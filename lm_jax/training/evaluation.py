@@ -12,9 +12,10 @@ from lm_jax.errors import UserError
 from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
 from lm_jax.model import parameters as params_lib
 from lm_jax.sharding.mesh import batch_shards, make_mesh, to_devices
-from lm_jax.training.checkpoint import load_for_inference
+from lm_jax.training.checkpoint import Checkpoints, load_for_inference
 from lm_jax.training.metrics import progress_bar
 from lm_jax.training.step import make_step
+from lm_jax.training.workdir import read_config
 
 
 def evaluate_workdir(
@@ -40,6 +41,9 @@ def evaluate_workdir(
         if value is not None and value < 1:
             raise UserError(f"--{name}: must be at least 1, not {value}")
     mesh = make_mesh(MeshConfig())
+    read_config(workdir)  # says so if there is no run
+    with Checkpoints(workdir) as checkpoints:
+        step = checkpoints.choose(step)
     model, config, tokenizer = load_for_inference(workdir, mesh, step)
     config.data = dataclasses.replace(config.data, **data)
     if not 0 < config.data.length <= config.model.max_length:
@@ -52,13 +56,21 @@ def evaluate_workdir(
     config.data.batch_size, config.training.accumulation = rows, 1
     config.training.loss_chunk = None
     evaluate = jax.jit(make_step(config, shards).evaluate)
+    sources = config.data.validation_sources or config.data.sources
     with jax.set_mesh(mesh), progress_bar("batches") as count:
         lengths = to_devices(byte_lengths(tokenizer, config.model.vocab_size), mesh)
         parameters = params_lib.split(model)
-        batches = validation_batches(
-            config.data, tokenizer, batch_size=rows, max_batches=max_batches
-        )
+        try:
+            batches = validation_batches(
+                config.data, tokenizer, batch_size=rows, max_batches=max_batches
+            )
+        except UserError as e:
+            if config.data.validation_sources:
+                raise
+            raise UserError(
+                f"{e}\n(the run's own text, by the paths it was trained with; --source names other)"
+            ) from None
         values = evaluate_loss(
             lambda batch: evaluate(parameters, to_devices(batch, mesh), lengths), batches, count
         )
-    return {"workdir": os.path.abspath(workdir)} | values
+    return {"workdir": os.path.abspath(workdir), "step": step, "sources": sources} | values

@@ -7,10 +7,13 @@ Where the state comes from, the first that applies: the newest checkpoint of the
 command again goes on bit for bit); the weights of another run (`init_from`); the seed.
 """
 
+import contextlib
 import itertools
 import math
 import os
 import shlex
+import shutil
+import sys
 
 import jax
 import numpy as np
@@ -53,6 +56,11 @@ def train(config: Config, workdir: str) -> int:
     mesh = make_mesh(config.mesh)
     _check_batch(config, batch_shards(mesh))
     workdir_lib.check(workdir, config)
+    with workdir_lib.locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        return _train(config, workdir, mesh)
+
+
+def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> int:
     tokenizer = workdir_lib.obtain_tokenizer(workdir, config)
     asked, config = config, workdir_lib.with_vocabulary(config, tokenizer)
     abstract_parameters(skeleton_of(config.model), mesh)  # they fit the mesh
@@ -64,21 +72,20 @@ def train(config: Config, workdir: str) -> int:
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
         run = _Run(config, workdir, mesh, tokenizer, stream, checkpoints)
-        try:
-            state, start = run.restore_or_begin()
-            if jax.process_index() == 0:
-                workdir_lib.settle(workdir, asked, tokenizer)
-            return run.go(state, start)
-        except jax.errors.JaxRuntimeError as e:
-            if "RESOURCE_EXHAUSTED" not in str(e):
-                raise
-            raise UserError(
-                "out of device memory: raise training.accumulation, set model.remat=full, lower"
-                f" data.batch_size, or share the model out with mesh.fsdp\n{e}"
-            ) from None
+        state, start = run.restore_or_begin()
+        if jax.process_index() == 0:
+            workdir_lib.settle(workdir, asked, tokenizer)
+        return run.go(state, start)
 
 
 def _check_batch(config: Config, shards: int) -> None:
+    if not config.model.causal:
+        raise UserError("model.causal = False sees the tokens that this training asks for")
+    if shards % jax.process_count():
+        raise UserError(
+            f"mesh: data x fsdp = {shards} do not divide over {jax.process_count()} processes, and"
+            " each must have rows of its own: raise mesh.data or mesh.fsdp, or lower mesh.tensor"
+        )
     rows = config.data.batch_size // config.training.accumulation
     for key, n in (
         ("data.batch_size / training.accumulation", rows),
@@ -109,7 +116,8 @@ class _Run:
         self.train_step = jax.jit(self.step.train, donate_argnums=0)
         self.evaluate_step = jax.jit(self.step.evaluate)
         self.byte_lengths = to_devices(byte_lengths(tokenizer, config.model.vocab_size), mesh)
-        self.watch, self.saved_at = Stopwatch(), -1
+        self.watch, self.saved_at, self.evaluated_at = Stopwatch(), -1, -1
+        self.tracing, self.finite = False, True
         self.tokens = self.tokens_logged = 0.0  # real targets dispatched, and those of logged steps
         self.start = self.logged_at = 0
         self.waiting: tuple | None = None  # (step, metrics, tokens) to be logged
@@ -121,43 +129,56 @@ class _Run:
         self.metrics = Metrics(self.workdir, self.config, start, active=jax.process_index() == 0)
         self._introduce(state)
         if start >= config.steps:
-            self.metrics.say(f"step {start} of {config.steps}: nothing left to train")
+            self.metrics.say(
+                f"step {start} of {config.steps} is done: nothing left to train; more steps go on"
+                " from here"
+            )
         elif start == 0:
             self._sample(state, 0)
         step = self.start = self.logged_at = start
-        first_profiled, last_profiled = logging.profile_steps or (-1, -1)
         with StopSignal() as self.stop, jax.transfer_guard("disallow"):
             self.watch.lap()
-            while step < config.steps and not self.stop.agreed():
-                try:
+            try:
+                while step < config.steps and not self.stop.agreed():
                     batch = self._next_batch()
-                except UserError:  # a record that cannot be read: keep what was learned so far
-                    self._log_waiting()
-                    if step > start:
-                        self._save(state, step)
-                    raise
-                if batch is None:
-                    if not self.stop.number:
-                        self.metrics.say(f"the data ended after {step} steps")
-                    break
-                if step + 1 == first_profiled:
-                    jax.profiler.start_trace(os.path.join(self.workdir, "profile"))
-                state, self.newest = self.train_step(state, batch)
-                step += 1
-                self._log_waiting()  # the step before: the device never waits for the log
-                if step % logging.every == 0 or step in (start + 1, config.steps):
+                    if batch is None:
+                        if not self.stop.number:
+                            self.metrics.say(f"the data ended after {step} steps")
+                        break
+                    self._profile(step + 1)
+                    state, self.newest = self.train_step(state, batch)
+                    step += 1
+                    self._log_waiting()  # the step before: the device never waits for the log
+                    if step % logging.every == 0 or step in (start + 1, config.steps):
+                        self.waiting = step, self.newest, self.tokens
+                    self._at_intervals(state, step)
+                if self.newest is not None and self.logged_at < step:
                     self.waiting = step, self.newest, self.tokens
-                if step == last_profiled:
-                    jax.block_until_ready(self.newest)
-                    jax.profiler.stop_trace()
-                self._at_intervals(state, step)
-            self._log_waiting()
+                self._log_waiting()
+            except UserError:  # a record that cannot be read, say: keep what was learned so far
+                # Of several processes the others wait elsewhere; this one's end ends them.
+                if step > start and self.finite and jax.process_count() == 1:
+                    self._save(state, step)
+                raise
+            finally:
+                self._profile(None)
             caught = self.stop.agreed()
             if step > start or start == 0:
                 self._finish(state, step, caught)
         self.metrics.say(self._farewell(step, caught))
         self.metrics.close()
         return caught
+
+    def _profile(self, step: int | None) -> None:
+        """Starts or ends the trace before a step, or (None) at the end of the run."""
+        first, last = self.config.logging.profile_steps or (0, 0)
+        wanted = step is not None and first <= step <= last
+        if wanted and not self.tracing:
+            jax.profiler.start_trace(os.path.join(self.workdir, "profile"))
+        elif self.tracing and not wanted:
+            jax.block_until_ready(self.newest)
+            jax.profiler.stop_trace()
+        self.tracing = wanted
 
     def restore_or_begin(self) -> tuple[TrainState, int]:
         """The state, from the first place that has one, and the step it stands at."""
@@ -216,15 +237,17 @@ class _Run:
     def _all_exhausted(self) -> bool:
         if self.config.data.epochs is None or jax.process_count() == 1:
             return False  # endless, or the iterator itself stops
-        return bool(multihost_utils.process_allgather(np.array(self.stream.exhausted)).all())
+        with jax.transfer_guard("allow"):
+            all_of_them = multihost_utils.process_allgather(np.array(self.stream.exhausted))
+        return bool(all_of_them.all())
 
     def _at_intervals(self, state: TrainState, step: int) -> None:
         """Evaluates, samples and saves where the step asks for it; the last step is `_finish`'s."""
         training = self.config.training
         for action, every in (
+            (self._save, self.config.checkpoint.every),
             (self._evaluate, training.evaluate_every),
             (self._sample, training.sample_every),
-            (self._save, self.config.checkpoint.every),
         ):
             if every and step % every == 0 and step != training.steps:
                 self._log_waiting()
@@ -236,7 +259,7 @@ class _Run:
         self._save(state, step)
         self.checkpoints.wait()
         if not caught:
-            if self.config.training.evaluate_every:
+            if self.config.training.evaluate_every and self.evaluated_at != step:
                 self._evaluate(state, step)
             self._sample(state, step)
 
@@ -252,6 +275,7 @@ class _Run:
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
         wrong = [k for k in ("loss", "gradient_norm") if not math.isfinite(values[k])]
         if wrong:
+            self.finite = False
             self.metrics.close()
             saved = self.checkpoints.latest()
             raise UserError(
@@ -299,6 +323,7 @@ class _Run:
         )
         if self._stop_now():
             return  # a signal leaves no time for the rest, and a part is another measure
+        self.evaluated_at = step
         self.metrics.write("validation", step, values)
         parts = [f"validation loss {values['loss']:.4f}", f"perplexity {values['perplexity']:.2f}"]
         if "bits_per_byte" in values:
@@ -330,8 +355,16 @@ class _Run:
         steps = self.config.training.steps
         if caught and step < steps:
             return f"stopped after step {step} of {steps}; the same command goes on"
-        command = f"python -m lm_jax.generate --workdir={shlex.quote(self.workdir)}"
+        command = f"{_python()} -m lm_jax.generate --workdir={shlex.quote(self.workdir)}"
         return f"done: step {step} in {self.workdir}\ngenerate from it: {command}"
+
+
+def _python() -> str:
+    """How the user calls this interpreter: by its path where 'python' is another one, or none."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    path = os.path.relpath(sys.executable)
+    return shlex.quote(sys.executable if path.startswith("..") else path)
 
 
 def _this_process() -> dict[str, int]:

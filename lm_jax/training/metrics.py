@@ -1,6 +1,7 @@
 """Metrics to the terminal, to JSON lines, to TensorBoard and, on request, to Weights & Biases."""
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -43,7 +44,7 @@ class Metrics:
                 initial=start,
                 dynamic_ncols=True,
                 leave=False,
-                bar_format="step {n}/{total} |{bar:20}|{postfix}",
+                bar_format="step {n}/{total} |{bar:20}| {desc}",
             )
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
@@ -63,7 +64,7 @@ class Metrics:
         if not self._active:
             return
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_description_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
             self._bar.refresh()
         else:
@@ -151,7 +152,8 @@ def _start_wandb(workdir: str, config: Config):
         dir=workdir,
         name=os.path.basename(os.path.abspath(workdir)),
         config=dataclasses.asdict(config),
-        resume="allow",
+        id=hashlib.sha256(os.path.abspath(workdir).encode()).hexdigest()[:16],
+        resume="allow",  # the same id, so that a resumed run goes on in the same place
     )
 
 

@@ -41,4 +41,5 @@ class StopSignal:
         """The signal that some process has caught, or 0: the same answer on all processes."""
         if jax.process_count() == 1:
             return self.number
-        return int(np.max(multihost_utils.process_allgather(np.array(self.number))))
+        with jax.transfer_guard("allow"):
+            return int(np.max(multihost_utils.process_allgather(np.array(self.number))))

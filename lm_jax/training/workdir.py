@@ -7,19 +7,25 @@ metrics.jsonl      a line for each logged step and each evaluation
 samples.txt        what the model wrote, and when
 tensorboard/       the same metrics as events
 profile/           traces, on request
+lock               held while the run is being trained
 """
 
+import contextlib
 import copy
+import fcntl
 import itertools
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from lm_jax import config as config_lib
 from lm_jax.config import Config
 from lm_jax.data.sources import documents
 from lm_jax.data.tokenizer import Tokenizer, load_tokenizer, spread, train_tokenizer
 from lm_jax.errors import UserError
+
+# What a run that failed before its first step may leave: such a folder is free.
+_OWN = {"checkpoints", "tokenizer", "tokenizer.tmp", "config.json.tmp", "lock", "lost+found"}
 
 
 def read_config(workdir: str) -> Config:
@@ -50,10 +56,44 @@ def check(workdir: str, config: Config) -> None:
             )
     elif os.path.exists(workdir) and not os.path.isdir(workdir):
         raise UserError(f"--workdir: '{workdir}' is a file")
+    elif os.path.isdir(workdir):
+        strange = sorted(set(os.listdir(workdir)) - _OWN)
+        if strange:
+            raise UserError(
+                f"--workdir: '{workdir}' holds other files ('{strange[0]}'), and no run: name a"
+                " new folder"
+            )
     try:
         os.makedirs(workdir, exist_ok=True)
     except OSError as e:
         raise UserError(f"--workdir: '{workdir}' cannot be made: {e.strerror}") from None
+
+
+@contextlib.contextmanager
+def locked(workdir: str) -> Iterator[None]:
+    """Keeps other processes of this machine from training in `workdir` at the same time.
+
+    The lock is the open file's, so a process that is killed leaves none behind.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    with open(os.path.join(workdir, "lock"), "a+", encoding="utf-8") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            raise UserError(
+                f"'{workdir}' is being trained by process {f.read().strip() or '(unknown)'}: wait"
+                " for it, stop it, or name another --workdir"
+            ) from None
+        except OSError:  # a file system without locks
+            yield
+            return
+        f.truncate(0)
+        f.write(str(os.getpid()))
+        f.flush()
+        yield
 
 
 def settle(workdir: str, config: Config, tokenizer: Tokenizer) -> None:

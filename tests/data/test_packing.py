@@ -14,6 +14,7 @@ from data_helpers import (
 )
 
 from lm_jax.data.loader import train_stream
+from lm_jax.data.packing import FlatText
 from lm_jax.errors import UserError
 
 LENGTHS = [3, 30, 1, 8, 9, 2, 17, 5, 0, 12, 7]
@@ -113,7 +114,7 @@ def test_crop_draws_every_window_of_the_text_and_no_other(tmp_path):
     path.write_text(numbered_documents([20])[0])
     config = data_config(str(path), packing="crop", epochs=None)
     first = set()
-    for batch in itertools.islice(train_stream(config, NumbersTokenizer(1, 2), seed=0), 40):
+    for batch in itertools.islice(train_stream(config, NumbersTokenizer(None, 2), seed=0), 40):
         np.testing.assert_array_equal(batch["inputs"], batch["inputs"][:, :1] + np.arange(8)[None])
         np.testing.assert_array_equal(batch["targets"], batch["inputs"] + 1)
         first |= set(batch["inputs"][:, 0].tolist())
@@ -144,3 +145,8 @@ def test_a_corpus_without_targets_is_an_error_and_no_endless_loop(tmp_path):
     config = data_config(jsonl(tmp_path / "a.jsonl", numbered_documents([1, 0, 1])), epochs=None)
     with pytest.raises(UserError, match="two tokens"):
         next(train_stream(config, NumbersTokenizer(), seed=0))
+
+
+def test_crop_begins_each_document_as_a_prompt_begins():
+    text = FlatText(numbered_documents([3, 2]), NumbersTokenizer(1, 2), data_config("", length=8))
+    assert text.tokens.tolist() == [1, 1000, 1001, 1002, 2, 1, 2000, 2001]
