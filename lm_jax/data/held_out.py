@@ -153,4 +153,4 @@ class _PiecesIterator(grain.DatasetIterator):
         return {}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError("validation is read from the start")
+        raise RuntimeError("validation is read from the start")

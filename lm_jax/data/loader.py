@@ -280,7 +280,7 @@ class _BlockIterator(grain.DatasetIterator):
         return {}  # the state is in the elements
 
     def set_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError("a stream is restored through its dataset")
+        raise RuntimeError("a stream is restored through its dataset")
 
 
 def _tuples(state: Any) -> Any:

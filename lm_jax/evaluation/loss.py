@@ -56,4 +56,6 @@ def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
         lengths = tokenizer.byte_lengths
     except UserError:
         lengths = np.zeros(tokenizer.vocab_size, np.int32)
+    if tokenizer.prefix_bytes:  # a space that is not in the text would count with each document
+        lengths = np.zeros_like(lengths)
     return np.pad(lengths, (0, vocab_size - len(lengths)))

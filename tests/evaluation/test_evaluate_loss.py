@@ -50,12 +50,16 @@ def test_nothing_to_measure_is_nan_and_a_loss_beyond_floats_is_infinite_perplexi
 class Bytes:
     vocab_size = 3
 
+    prefix_bytes = 0
+
     @property
     def byte_lengths(self):
         return jnp.array([1, 2, 0])
 
 
 class Unknown(Bytes):
+    prefix_bytes = 0
+
     @property
     def byte_lengths(self):
         raise UserError("nobody can tell")
@@ -64,3 +68,6 @@ class Unknown(Bytes):
 def test_byte_lengths_are_padded_to_the_models_vocabulary():
     assert byte_lengths(Bytes(), 5).tolist() == [1, 2, 0, 0, 0]
     assert byte_lengths(Unknown(), 5).tolist() == [0] * 5
+    prefixing = Bytes()
+    prefixing.prefix_bytes = 1  # a space before each text, which is not the text's
+    assert byte_lengths(prefixing, 5).tolist() == [0] * 5
