@@ -5,7 +5,7 @@
   cpu_muon  as many steps, tokens and parameters as `cpu`, with Muon, RoPE and QK-norm.
 
 Validation losses over the whole split, measured on tinyshakespeare on two CPU cores: cpu 1.75 (1.91
-with nanoGPT's initial weights), cpu_muon 1.58.
+with nanoGPT's initial weights), cpu_muon 1.59.
 
 Sources: config/train_shakespeare_char.py, the CPU command in README.md, and the defaults of train.py
 and model.py in github.com/karpathy/nanoGPT, commit 3adf61e. The text is not shipped: name the file
