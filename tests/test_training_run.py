@@ -54,7 +54,7 @@ def kill_after(step: int, workdir: pathlib.Path, flags: list[str], env: dict[str
             saved = (workdir / "checkpoints" / str(step)).is_dir()
             if saved and max(losses(workdir), default=0) > step:
                 break
-            time.sleep(0.01)
+            time.sleep(0.001)
         assert process.poll() is None, process.communicate()
     finally:
         process.kill()
