@@ -4,7 +4,6 @@ python -m lm_jax.tokenize --source=CORPUS --output=DIR [--kind=... --vocab_size=
 python -m lm_jax.tokenize --tokenizer=DIR --text='Hello, world!'
 """
 
-import itertools
 import os
 
 from absl import flags
@@ -69,18 +68,15 @@ def _train(output: str) -> None:
     validate(Config(tokenizer=tokenizer_config, data=data))
 
     from lm_jax.data.sources import documents
-    from lm_jax.data.tokenizer import spread, train_tokenizer
+    from lm_jax.data.tokenizer import spread, text_to_learn_from, train_tokenizer
 
-    train, held_out = documents(data, "train"), documents(data, "validation")
-    if tokenizer_config.kind == "characters":  # it must know every one there is
-        sample = itertools.chain(train, held_out)
-    else:
-        sample = spread(train, tokenizer_config.train_bytes)
+    splits = {split: documents(data, split) for split in ("train", "validation")}
+    sample = text_to_learn_from(tokenizer_config, splits.__getitem__)
     tokenizer = train_tokenizer(tokenizer_config, sample)
     tokenizer.save(output)
 
     size = tokens = 0
-    for text in spread(held_out, _HELD_OUT_BYTES):
+    for text in spread(splits["validation"], _HELD_OUT_BYTES):
         tokens += len(tokenizer.encode(text))
         size += len(text.encode())
     step = 1 + tokenizer.vocab_size // 9

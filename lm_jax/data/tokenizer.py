@@ -5,6 +5,7 @@ tokenizer.save(folder)
 tokenizer = load_tokenizer(folder)
 """
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,14 @@ from lm_jax.data.tokenizer_base import (
 )
 from lm_jax.errors import UserError
 
-__all__ = ["Stream", "Tokenizer", "load_tokenizer", "spread", "train_tokenizer"]
+__all__ = [
+    "Stream",
+    "Tokenizer",
+    "load_tokenizer",
+    "spread",
+    "text_to_learn_from",
+    "train_tokenizer",
+]
 
 _LEAST_SHARE = 65_536  # bytes that `spread` takes of a document, at least
 
@@ -61,6 +69,19 @@ def train_tokenizer(
                 on_progress(read)
         return CharacterTokenizer(characters)
     return sentencepiece.train_sentencepiece(config, documents, on_progress)
+
+
+def text_to_learn_from(
+    config: TokenizerConfig, open_split: Callable[[str], Sequence[str]]
+) -> Iterable[str]:
+    """What `train_tokenizer` is to read of a corpus, whose 'train' or 'validation' is opened.
+
+    'characters' must know each one there is, so it reads the validation documents as well; all
+    others read about `config.train_bytes` from all over the training documents.
+    """
+    if config.kind == "characters":
+        return itertools.chain(open_split("train"), open_split("validation"))
+    return spread(open_split("train"), config.train_bytes)
 
 
 def spread(documents: Sequence[str], total_bytes: int) -> Iterator[str]:

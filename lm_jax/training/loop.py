@@ -30,6 +30,7 @@ from lm_jax.generation.sampling import Sampling
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.attention import resolve_backend
 from lm_jax.model.flops import peak_flops, training_flops_per_token
+from lm_jax.model.parameters import Parameters
 from lm_jax.sharding.mesh import batch_shards, make_mesh, to_devices
 from lm_jax.training import workdir as workdir_lib
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
@@ -63,7 +64,8 @@ def train(config: Config, workdir: str) -> int:
 def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> int:
     tokenizer = workdir_lib.obtain_tokenizer(workdir, config)
     asked, config = config, workdir_lib.with_vocabulary(config, tokenizer)
-    abstract_parameters(skeleton_of(config.model), mesh)  # they fit the mesh
+    parameters = abstract_parameters(skeleton_of(config.model), mesh)  # they fit the mesh
+    check_rules(list(parameters))
     with (
         jax.set_mesh(mesh),
         train_stream(
@@ -72,7 +74,7 @@ def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> int:
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
         run = _Run(config, workdir, mesh, tokenizer, stream, checkpoints)
-        state, start = run.restore_or_begin()
+        state, start = run.restore_or_begin(parameters)
         if jax.process_index() == 0:
             workdir_lib.settle(workdir, asked, tokenizer)
         return run.go(state, start)
@@ -180,10 +182,8 @@ class _Run:
             jax.profiler.stop_trace()
         self.tracing = wanted
 
-    def restore_or_begin(self) -> tuple[TrainState, int]:
+    def restore_or_begin(self, parameters: Parameters) -> tuple[TrainState, int]:
         """The state, from the first place that has one, and the step it stands at."""
-        parameters = abstract_parameters(self.step.skeleton, self.mesh)
-        check_rules(list(parameters))
         newest, source = self.checkpoints.latest(), self.config.init_from
         if newest is not None:
             abstract = jax.eval_shape(self.step.init)

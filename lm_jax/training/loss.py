@@ -22,6 +22,10 @@ class LossSums(NamedTuple):
     z: jax.Array  # log(Z)^2
     weight: jax.Array  # positions
 
+    @classmethod
+    def zero(cls) -> "LossSums":
+        return cls(*(jnp.zeros((), jnp.float32),) * 3)
+
 
 def chunk_length(length: int, rows: int, vocab: int) -> int:
     """The largest divisor of `length` whose logits stay under `LOGITS_A_DEVICE`."""
@@ -61,9 +65,8 @@ def cross_entropy(
     def add(total, part):
         return jax.tree.map(jnp.add, total, _sums(part[0], head_DV, *part[1:])), None
 
-    zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
     parts = tuple(map(chunks_first, (x_BTD, targets_BT, weights_BT)))
-    return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zero, parts)[0]
+    return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), LossSums.zero(), parts)[0]
 
 
 def _sums(x_BTD, head_DV, targets_BT, weights_BT) -> LossSums:

@@ -61,20 +61,17 @@ class Step:
             sums = batch_loss(model, micro_batch, chunk=self.chunk, dropout_key=key)
             return (sums.nll + self.z_loss * sums.z) / tokens, sums
 
+        def gradient(micro_batch, index):
+            of_loss = jax.grad(loss, has_aux=True)
+            return of_loss(state.parameters, micro_batch, jax.random.fold_in(key, index))
+
         def add(total, inputs):
-            micro_batch, index = inputs
-            got = jax.grad(loss, has_aux=True)(
-                state.parameters, micro_batch, jax.random.fold_in(key, index)
-            )
-            return jax.tree.map(jnp.add, total, got), None
+            return jax.tree.map(jnp.add, total, gradient(*inputs)), None
 
         if self.accumulation == 1:
-            gradients, sums = jax.grad(loss, has_aux=True)(
-                state.parameters, batch, jax.random.fold_in(key, 0)
-            )
+            gradients, sums = gradient(batch, 0)
         else:
-            zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
-            zeros = jax.tree.map(jnp.zeros_like, state.parameters), zero
+            zeros = jax.tree.map(jnp.zeros_like, state.parameters), LossSums.zero()
             inputs = self._micro_batches(batch), jnp.arange(self.accumulation)
             (gradients, sums), _ = jax.lax.scan(add, zeros, inputs)
 

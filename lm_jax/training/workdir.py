@@ -13,15 +13,15 @@ lock               held while the run is being trained
 import contextlib
 import copy
 import fcntl
-import itertools
+import functools
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from lm_jax import config as config_lib
 from lm_jax.config import Config
 from lm_jax.data.sources import documents
-from lm_jax.data.tokenizer import Tokenizer, load_tokenizer, spread, train_tokenizer
+from lm_jax.data.tokenizer import Tokenizer, load_tokenizer, text_to_learn_from, train_tokenizer
 from lm_jax.errors import UserError
 
 # What a run that failed before its first step may leave: such a folder is free.
@@ -128,15 +128,8 @@ def obtain_tokenizer(workdir: str, config: Config) -> Tokenizer:
     if config.init_from:
         read_config(config.init_from)  # says so if there is no run there
         return load_tokenizer(os.path.join(config.init_from, "tokenizer"))
-    return train_tokenizer(config.tokenizer, _text_to_learn_from(config))
-
-
-def _text_to_learn_from(config: Config) -> Iterable[str]:
-    if config.tokenizer.kind == "characters":  # it must know each one there is
-        return itertools.chain(
-            documents(config.data, "train"), documents(config.data, "validation")
-        )
-    return spread(documents(config.data, "train"), config.tokenizer.train_bytes)
+    text = text_to_learn_from(config.tokenizer, functools.partial(documents, config.data))
+    return train_tokenizer(config.tokenizer, text)
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
