@@ -110,7 +110,8 @@ def _model(**shape) -> ModelConfig:
         position="rope",
         activation="silu",
         gated_mlp=True,
-        attention_bias=False,
+        qkv_bias=False,
+        out_bias=False,
         mlp_bias=False,
         **shape,
     )

@@ -47,7 +47,8 @@ def get_config(variant: str = "cpu") -> Config:
             init_std=init_std,
             scan_layers=False,  # few layers: they compile fast, and run faster in a row
             activation="gelu",  # nn.GELU() is the exact one
-            attention_bias=False,  # train.py: bias = False, for norms and projections alike
+            qkv_bias=False,  # train.py: bias = False, for norms and projections alike
+            out_bias=False,
             mlp_bias=False,
             norm_bias=False,
         ),

@@ -42,6 +42,16 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(unsafe_hash=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021): only they are trained, and only they are saved."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 16.0  # what an adapter adds is scaled by alpha / rank
+    # Of query, key, value, out, up, gate and down: the projections of each block that get one.
+    targets: tuple[str, ...] = ("query", "value")
+
+
+@dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
     """The Transformer. The defaults are GPT-2 124M's (Radford et al. 2019)."""
 
@@ -56,17 +66,33 @@ class ModelConfig:
     causal: bool = True  # False: every token sees the whole of its document
     norm: str = choice("layernorm", "rmsnorm")
     norm_epsilon: float = 1e-5
-    norm_placement: str = choice("pre", "post")  # post: after each residual sum, as BERT
+    # post: after each residual sum, as BERT; both: before and after each branch, as Gemma 2.
+    norm_placement: str = choice("pre", "post", "both")
     position: str = choice("learned", "rope")
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    # How many tokens back each layer sees, itself included, repeated over the layers; 0: all of
+    # them. (4096, 0) is every second layer; (): all layers see all.
+    windows: tuple[int, ...] = ()
+    window_rope_theta: float | None = None  # of layers with a window, unscaled; None: as the others
+    token_types: int = 0  # kinds of tokens with an embedding each, as BERT's two sentences
+    embedding_scale: bool = False  # times sqrt(width), as Gemma
     activation: str = choice("gelu_tanh", "gelu", "silu", "relu", "relu_squared")
     gated_mlp: bool = False  # True: activation(gate) * up, as SwiGLU (Shazeer 2020)
-    attention_bias: bool = True  # biases of the query, key, value and output projections
+    qkv_bias: bool = True  # biases of the query, key and value projections
+    out_bias: bool = True  # bias of attention's output projection
     mlp_bias: bool = True
     norm_bias: bool = True  # layernorm only
     qk_norm: bool = False  # RMS norm over the head width of queries and keys, before RoPE
+    attention_scale: float | None = None  # of the scores; None: head_width ** -0.5
+    attention_softcap: float = 0.0  # scores become cap * tanh(score / cap), as Gemma 2; 0: none
+    logits_softcap: float = 0.0
+    # masked_lm: a dense layer, the activation and a norm before the logits, and a bias, as BERT;
+    # none: the model ends with its hidden states.
+    head: str = choice("linear", "masked_lm", "none")
     tied_head: bool = True  # the head shares the token embedding
+    pooler: bool = False  # a dense layer and tanh on the first token, as BERT
+    lora: LoraConfig = field(default_factory=LoraConfig)
     init_std: float = 0.02
     dropout: float = 0.0  # on the embedding, each residual branch and the attention weights
     dtype: str = choice("bfloat16", "float32", resumable=True)  # compute; parameters are float32
@@ -106,6 +132,10 @@ class DataConfig:
     packing: str = choice("first_fit", "concatenate", "crop")
     packing_bins: int = 64  # first_fit: rows open at a time, in each lane
     attend_across_documents: bool = False
+    # What is predicted: the next token, or tokens that were masked (BERT, Devlin et al. 2018).
+    objective: str = choice("next_token", "masked")
+    mask_rate: float = 0.15  # masked: of the tokens; 80% of them masked, 10% random, 10% as is
+    mask_whole_words: bool = False  # masked: all tokens of a word or none
     shuffle: bool = True
     epochs: int | None = None  # None: as many as the steps need
     lanes: int | None = None  # independent streams; None: the largest divisor of batch_size to 16
@@ -129,6 +159,9 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1  # times the learning rate; of all but norms and biases
     clip_norm: float = 1.0  # global gradient norm; 0 turns clipping off
+    # Parameters not to train, by pattern: 'embedding', 'blocks.[0-5].*', '*.mlp.*'.
+    freeze: tuple[str, ...] = ()
+    layer_decay: float = 1.0  # each layer learns at so many times the rate of the one above it
     muon_momentum: float = 0.95
     muon_learning_rate: float = 0.02  # of the matrices; `learning_rate` is for all the rest
 
@@ -187,7 +220,9 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    init_from: str = ""  # a workdir whose weights and tokenizer this run starts from
+    # A workdir or a Hugging Face folder: this run starts from its weights and has its tokenizer and
+    # the shape of its model, whatever the recipe says of them.
+    init_from: str = ""
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:

@@ -74,11 +74,11 @@ class Attention(nnx.Module):
         self.key = normal(kk, (D, K, H), c.init_std, "embed", "kv_heads", "head_width")
         self.value = normal(kv_, (D, K, H), c.init_std, "embed", "kv_heads", "head_width")
         self.out = normal(ko, (N, H, D), residual_std, "heads", "head_width", "embed")
-        bias = c.attention_bias
+        bias = c.qkv_bias
         self.query_bias = constant(0.0, (N, H), "heads", "head_width") if bias else None
         self.key_bias = constant(0.0, (K, H), "kv_heads", "head_width") if bias else None
         self.value_bias = constant(0.0, (K, H), "kv_heads", "head_width") if bias else None
-        self.out_bias = constant(0.0, (D,), "norm") if bias else None
+        self.out_bias = constant(0.0, (D,), "norm") if c.out_bias else None
         norm = functools.partial(Norm, "rmsnorm", H, c.norm_epsilon, False, "head_width")
         self.query_norm, self.key_norm = (norm(), norm()) if c.qk_norm else (None, None)
 

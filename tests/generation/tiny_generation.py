@@ -55,7 +55,8 @@ LLAMA = dataclasses.replace(
     rope_scaling=RopeScaling("llama3", factor=4.0, original_length=16),
     activation="silu",
     gated_mlp=True,
-    attention_bias=False,
+    qkv_bias=False,
+    out_bias=False,
     mlp_bias=False,
     tied_head=False,
 )

@@ -51,7 +51,7 @@ def attend(c, b, x, segments, positions):
         q = x @ b["attention.query"][:, n] + b.get("attention.query_bias", np.zeros((99, 1)))[n]
         k = x @ b["attention.key"][:, n // group]
         v = x @ b["attention.value"][:, n // group]
-        if c.attention_bias:
+        if c.qkv_bias:
             k = k + b["attention.key_bias"][n // group]
             v = v + b["attention.value_bias"][n // group]
         if c.qk_norm:

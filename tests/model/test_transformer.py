@@ -41,7 +41,9 @@ FAMILIES = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "linear rope": replace(LLAMA, rope_scaling=RopeScaling("linear", factor=3.0), qk_norm=False),
-    "biased swiglu, tied": replace(LLAMA, mlp_bias=True, attention_bias=True, tied_head=True),
+    "biased swiglu, tied": replace(
+        LLAMA, mlp_bias=True, qkv_bias=True, out_bias=True, tied_head=True
+    ),
     "bert": BERT,
     "post-norm, causal, no norm bias": replace(BERT, causal=True, norm_bias=False),
     "relu": replace(GPT2, activation="relu", layers=1, head_width=6),

@@ -88,7 +88,7 @@ WANTED = {
     "blocks.mlp.gate_bias": P(None, "tensor"),
 }
 MODEL = dataclasses.replace(
-    LLAMA, attention_bias=True, mlp_bias=True, norm="layernorm", position="learned"
+    LLAMA, qkv_bias=True, out_bias=True, mlp_bias=True, norm="layernorm", position="learned"
 )
 
 

@@ -155,7 +155,9 @@ def test_what_a_killed_save_left_is_no_checkpoint(tmp_path):
 
 def test_a_checkpoint_of_another_model_names_each_parameter(saved):
     workdir, _, _ = saved
-    other = dataclasses.replace(SMALL, mlp_width=64, tied_head=False, attention_bias=False)
+    other = dataclasses.replace(
+        SMALL, mlp_width=64, tied_head=False, qkv_bias=False, out_bias=False
+    )
     mesh = on_devices((1, 1, 1))
     abstract = abstract_parameters(skeleton_of(other), mesh)
     with Checkpoints(workdir) as checkpoints, pytest.raises(UserError) as error:
