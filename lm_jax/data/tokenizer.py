@@ -40,6 +40,7 @@ def train_tokenizer(
     config: TokenizerConfig,
     documents: Iterable[str],
     *,
+    mask: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Tokenizer:
     """Makes the tokenizer that `config` asks for.
@@ -48,17 +49,26 @@ def train_tokenizer(
       documents: what it is to learn from. 'characters' reads all of it; 'sentencepiece' at most the
         first `config.train_bytes` of UTF-8, so give it a sample spread over the corpus (`spread`);
         'bytes' and 'file' read none.
+      mask: the vocabulary is to have a mask token, as masked language models need: ours reserve
+        one id for it, one from a file must have it.
       on_progress: called with the bytes of text read so far, after each document.
 
     Raises:
-      UserError: no text, a vocabulary that does not fit it, or no tokenizer at `config.path`.
+      UserError: no text, a vocabulary that does not fit it, or no tokenizer at `config.path` or
+        none with a mask token.
     """
     if config.kind == "bytes":
-        return BytesTokenizer()
+        return BytesTokenizer(mask)
     if config.kind == "file":
         if not config.path:
             raise UserError("tokenizer.path: kind 'file' needs the path of a tokenizer")
-        return load_tokenizer(config.path)
+        tokenizer = load_tokenizer(config.path)
+        if mask and tokenizer.mask_id is None:
+            raise UserError(
+                f"{config.path}: this tokenizer has no mask token, which a masked language model"
+                " needs: name one that has (BERT's, RoBERTa's), or train one"
+            )
+        return tokenizer
     if config.kind == "characters":
         characters: set[str] = set()
         read = 0
@@ -67,8 +77,8 @@ def train_tokenizer(
             characters.update(document)
             if on_progress:
                 on_progress(read)
-        return CharacterTokenizer(characters)
-    return sentencepiece.train_sentencepiece(config, documents, on_progress)
+        return CharacterTokenizer(characters, mask)
+    return sentencepiece.train_sentencepiece(config, documents, on_progress, mask)
 
 
 def text_to_learn_from(
@@ -159,13 +169,13 @@ def _load_saved(folder: Path) -> Tokenizer:
         meta = json.loads(where.read_text(encoding="utf-8"))
         kind, fingerprint = meta["kind"], meta["fingerprint"]
         if kind == "bytes":
-            tokenizer = BytesTokenizer()
+            tokenizer = BytesTokenizer(mask=meta.get("mask", False))
         elif kind == "characters":
-            tokenizer = CharacterTokenizer(meta["characters"])
+            tokenizer = CharacterTokenizer(meta["characters"], meta.get("mask", False))
         elif kind == "sentencepiece":
             tokenizer = _read_model(folder / sentencepiece.FILE)
         elif kind == "huggingface":
-            ids = (meta["bos_id"], meta["eos_id"], meta["pad_id"])
+            ids = (meta["bos_id"], meta["eos_id"], meta["pad_id"], meta.get("mask_id"))
             tokenizer = published.read_tokenizer_json(folder / published.FILE, ids)
         else:
             raise UserError(f"{where}: no kind of tokenizer is called {kind!r}")

@@ -17,6 +17,7 @@ import numpy as np
 from lm_jax.errors import UserError
 
 META = "lm_jax_tokenizer.json"  # in a saved folder: the kind, the fingerprint and what is small
+MASK = "<mask>"  # how our own vocabularies call the mask token
 _UNKNOWN_ID = "\ufffd".encode()
 
 
@@ -30,6 +31,8 @@ class Tokenizer(abc.ABC):
         whatever the text says.
       pad_id: an id to fill rows with. It may be that of a real token: weights mask padding, ids
         do not.
+      mask_id: the id that stands in for a hidden token (BERT), or None. Like bos and eos it is
+        never read out of text.
       specials: the name of each id that stands for no text.
       prefix_bytes: 1 where `encode` puts a space before the text, which `decode` takes off again
         (Llama 2), so that the byte counts of a text's ids add up to its own plus 1; else 0.
@@ -45,12 +48,14 @@ class Tokenizer(abc.ABC):
         eos_id: int | None,
         pad_id: int,
         specials: Mapping[int, str],
+        mask_id: int | None = None,
         vocab_size: int | None = None,
         prefix_bytes: int = 0,
     ):
         self._pieces = pieces  # None: what an id stands for depends on its neighbours
         self.vocab_size = len(pieces) if pieces is not None else vocab_size
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
+        self.mask_id = mask_id
         self.specials = dict(specials)
         self.prefix_bytes = prefix_bytes
 
@@ -98,6 +103,30 @@ class Tokenizer(abc.ABC):
                 " say which bytes of text they stand for"
             )
         return np.array([len(piece) for piece in self._pieces], np.int32)
+
+    @functools.cached_property
+    def starts_word(self) -> np.ndarray:
+        """Which ids begin a word, for masking whole words: bool[vocab_size].
+
+        A word begins at whitespace, the only sign of it that an id of its own can bear: so it is
+        ' the' and its continuations, punctuation that follows without a space included, and where
+        bytes or characters are the ids, a space and all up to the next. A run of text without
+        spaces, as in Chinese, is one word. Specials stand alone: each begins a word, and as the
+        token after one may bear no sign, a word never reaches across a special. WordPiece says it
+        otherwise: all but '##...' begin a word, punctuation and each Chinese character included.
+
+        Raises:
+          UserError: the vocabulary marks where words end, not where they begin.
+        """
+        if self._pieces is None:
+            raise UserError(
+                f"whole words cannot be told for this tokenizer ({self.kind}): its tokens do not"
+                " say where a word begins"
+            )
+        starts = [p.decode("utf-8", errors="replace")[:1].isspace() for p in self._pieces]
+        starts = np.array(starts, bool)
+        starts[list(self.specials)] = True
+        return starts
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -156,55 +185,64 @@ class Stream:
 
 
 class BytesTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, then bos and eos."""
+    """The 256 bytes of UTF-8, then bos and eos, then the mask token where it is asked for."""
 
     kind = "bytes"
 
-    def __init__(self):
+    def __init__(self, mask: bool = False):
+        specials = {256: "<s>", 257: "</s>"} | ({258: MASK} if mask else {})
         super().__init__(
-            [bytes([b]) for b in range(256)] + [b"", b""],
+            [bytes([b]) for b in range(256)] + [b""] * len(specials),
             bos_id=256,
             eos_id=257,
             pad_id=257,
-            specials={256: "<s>", 257: "</s>"},
+            mask_id=258 if mask else None,
+            specials=specials,
         )
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
 
     def _definition(self) -> dict[str, bytes]:
-        return {}
+        return {} if self.mask_id is None else {META: b'{"mask": true}'}
 
 
 class CharacterTokenizer(Tokenizer):
     """The characters of a corpus in code point order and nothing else, as nanoGPT's
-    shakespeare_char: no bos, no eos."""
+    shakespeare_char: no bos, no eos. The mask token, where it is asked for, comes last."""
 
     kind = "characters"
 
-    def __init__(self, characters: Iterable[str]):
+    def __init__(self, characters: Iterable[str], mask: bool = False):
         self._characters = "".join(sorted(set(characters)))
         if not self._characters:
             raise UserError("no characters to make a vocabulary of: the training text is empty")
         self._codes = code_points(self._characters)
+        n = len(self._characters)
         super().__init__(
-            [c.encode() for c in self._characters], bos_id=None, eos_id=None, pad_id=0, specials={}
+            [c.encode() for c in self._characters] + [b""] * mask,
+            bos_id=None,
+            eos_id=None,
+            pad_id=0,
+            mask_id=n if mask else None,
+            specials={n: MASK} if mask else {},
         )
 
     def encode(self, text: str) -> np.ndarray:
         codes = code_points(text)
-        ids = np.minimum(np.searchsorted(self._codes, codes), self.vocab_size - 1)
+        ids = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
         unknown = np.flatnonzero(self._codes[ids] != codes)
         if unknown.size:
             raise UserError(
-                f"{describe(text, int(unknown[0]))} is not among the {self.vocab_size} characters"
+                f"{describe(text, int(unknown[0]))} is not among the {len(self._codes)} characters"
                 " of the vocabulary: remove it, or use a tokenizer.kind that knows all text"
                 " (sentencepiece, bytes)"
             )
         return ids.astype(np.int32)
 
     def _definition(self) -> dict[str, bytes]:
-        return {META: json.dumps({"characters": self._characters}).encode()}
+        mask = {} if self.mask_id is None else {"mask": True}
+        return {META: json.dumps({"characters": self._characters} | mask).encode()}
 
 
 def utf8(text: str) -> bytes:

@@ -1,5 +1,6 @@
 """Published tokenizers: a Hugging Face `tokenizer.json`, read by the `tokenizers` library."""
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ FILE = "tokenizer.json"
 # Names to go by where no tokenizer_config.json or special_tokens_map.json says which they are.
 _BOS = ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "[CLS]", "<|endoftext|>")
 _EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[SEP]")
+_MASK = ("[MASK]", "<mask>")
 _PAD = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 
 
@@ -29,7 +31,12 @@ class HuggingFaceTokenizer(Tokenizer):
     kind = "huggingface"
 
     def __init__(
-        self, definition: str, bos_id: int | None = None, eos_id: int | None = None, pad_id: int = 0
+        self,
+        definition: str,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        pad_id: int = 0,
+        mask_id: int | None = None,
     ):
         self._json = definition
         self._hf = tokenizer = _parse(definition)
@@ -41,9 +48,10 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError("a tokenizer with an empty vocabulary")
         added = tokenizer.get_added_tokens_decoder()
         special = {i for i, token in added.items() if token.special}
-        special |= {i for i in (bos_id, eos_id) if i is not None}
+        special |= {i for i in (bos_id, eos_id, mask_id) if i is not None}
         size = max(names) + 1
-        for name, i in (("bos", bos_id), ("eos", eos_id), ("pad", pad_id)):
+        ids = {"bos": bos_id, "eos": eos_id, "pad": pad_id, "mask": mask_id}
+        for name, i in ids.items():
             if i is not None and i not in names:
                 raise UserError(f"the {name} id {i} is not in the vocabulary of {size} ids")
         self._names = names
@@ -59,6 +67,7 @@ class HuggingFaceTokenizer(Tokenizer):
             bos_id=bos_id,
             eos_id=eos_id,
             pad_id=pad_id,
+            mask_id=mask_id,
             specials={i: names[i] for i in sorted(special)},
             prefix_bytes=prefix_bytes,
         )
@@ -80,12 +89,26 @@ class HuggingFaceTokenizer(Tokenizer):
     def piece(self, id: int) -> str:
         return super().piece(id) if self._pieces is not None else self._names.get(id, "")
 
+    @functools.cached_property
+    def starts_word(self) -> np.ndarray:
+        model = json.loads(self._json)["model"]
+        if model["type"] != "WordPiece":
+            return super().starts_word
+        inside = model["continuing_subword_prefix"]
+        starts = [not self._names.get(i, inside).startswith(inside) for i in range(self.vocab_size)]
+        starts = np.array(starts, bool)
+        starts[list(self.specials)] = True
+        return starts
+
     def _definition(self) -> dict[str, bytes]:
         ids = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
+        if self.mask_id is not None:
+            ids["mask_id"] = self.mask_id
         return {FILE: self._json.encode(), META: json.dumps(ids).encode()}
 
     def __reduce__(self):
-        return HuggingFaceTokenizer, (self._json, self.bos_id, self.eos_id, self.pad_id)
+        ids = (self.bos_id, self.eos_id, self.pad_id, self.mask_id)
+        return HuggingFaceTokenizer, (self._json, *ids)
 
 
 class _GrowingStream(Stream):
@@ -117,9 +140,9 @@ class _GrowingStream(Stream):
 
 
 def read_tokenizer_json(
-    path: Path, ids: tuple[int | None, int | None, int] | None = None
+    path: Path, ids: tuple[int | None, int | None, int, int | None] | None = None
 ) -> HuggingFaceTokenizer:
-    """Reads a `tokenizer.json`, and finds the ids of bos, eos and padding where not given.
+    """Reads a `tokenizer.json`, and finds the ids of bos, eos, padding and mask where not given.
 
     They are what tokenizer_config.json says, else special_tokens_map.json, both beside it, else the
     first well-known name in the vocabulary. A token that one of them sets to null is none.
@@ -157,7 +180,7 @@ def read_tokenizer_json(
     eos = find(("eos_token", "sep_token"), _EOS)
     pad = find(("pad_token",), _PAD)
     pad = next((i for i in (pad, eos, bos) if i is not None), 0)
-    return HuggingFaceTokenizer(definition, bos, eos, pad)
+    return HuggingFaceTokenizer(definition, bos, eos, pad, find(("mask_token",), _MASK))
 
 
 def _beside(path: Path, name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from lm_jax.config import TokenizerConfig
-from lm_jax.data.tokenizer_base import Tokenizer, utf8
+from lm_jax.data.tokenizer_base import MASK, Tokenizer, utf8
 from lm_jax.errors import UserError
 
 FILE = "tokenizer.model"
@@ -51,6 +51,7 @@ class SentencePieceTokenizer(Tokenizer):
             eos_id=eos,
             # Ours have no padding piece, but one for unknown text, which byte fallback never needs.
             pad_id=pad if pad is not None else sp.unk_id(),
+            mask_id=next((i for i, name in specials.items() if name in (MASK, "[MASK]")), None),
             specials=specials,
             prefix_bytes=int("".join(sp.encode("a", out_type=str)).startswith(SPACE)),
         )
@@ -83,8 +84,11 @@ def train_sentencepiece(
     config: TokenizerConfig,
     documents: Iterable[str],
     on_progress: Callable[[int], None] | None = None,
+    mask: bool = False,
 ) -> SentencePieceTokenizer:
     """Learns `config.vocab_size` pieces from the first `config.train_bytes` of the documents.
+
+    The pieces include those for unknown text, bos, eos and, where `mask` asks for it, the mask.
 
     Any text comes back exactly as it was: nothing is normalized, and what has no piece is spelled
     in bytes. Digits stand alone; runs of spaces may be pieces, as indentation wants.
@@ -117,6 +121,7 @@ def train_sentencepiece(
             allow_whitespace_only_pieces=True,
             split_digits=True,
             max_sentence_length=4 * _SENTENCE,  # bytes; a longer one would be dropped
+            control_symbols=MASK if mask else "",
             num_threads=_THREADS,
             num_sub_iterations=1,  # unigram: a third less CPU time than 2, no worse pieces
             minloglevel=2,  # errors only, and those are raised
@@ -124,11 +129,11 @@ def train_sentencepiece(
     except RuntimeError as e:
         if failures:
             raise failures[0] from None
-        raise _explained(e, config.vocab_size) from None
+        raise _explained(e, config.vocab_size, 4 if mask else 3) from None
     return SentencePieceTokenizer(model.getvalue())
 
 
-def _explained(error: RuntimeError, vocab_size: int) -> Exception:
+def _explained(error: RuntimeError, vocab_size: int, specials: int) -> Exception:
     message = str(error)
     if match := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", message):
         return UserError(
@@ -137,8 +142,9 @@ def _explained(error: RuntimeError, vocab_size: int) -> Exception:
         )
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return UserError(
-            f"tokenizer.vocab_size = {vocab_size} is too small: the 256 bytes, 3 special tokens and"
-            f" the characters of the training text alone need {match[1]}; set it to more than that"
+            f"tokenizer.vocab_size = {vocab_size} is too small: the 256 bytes, {specials} special"
+            f" tokens and the characters of the training text alone need {match[1]}; set it to more"
+            " than that"
         )
     if "sentences_.empty()" in message or "all_chars_count" in message:
         return UserError("no text to train a tokenizer on: the documents are empty")

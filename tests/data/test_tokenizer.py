@@ -13,6 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from lm_jax.config import TokenizerConfig
 from lm_jax.data.tokenizer import load_tokenizer, spread, train_tokenizer
+from lm_jax.data.tokenizer_published import HuggingFaceTokenizer
 from lm_jax.errors import UserError
 
 CORPUS = [
@@ -515,3 +516,82 @@ def test_a_saved_tokenizer_keeps_having_no_bos(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 2)
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").bos_id is None
+
+
+@pytest.mark.parametrize(
+    "name", ["bpe", "unigram", "bytes", "characters", "byte_level", "metaspace"]
+)
+def test_whitespace_begins_a_word(make, name):
+    tokenizer = make(name)
+    ids = tokenizer.encode(" def push(self, x):\n    return x")
+    starts = tokenizer.starts_word
+    assert starts.dtype == bool and starts.shape == (tokenizer.vocab_size,)
+    words, word = [], []
+    for i in ids.tolist():
+        if starts[i] and word:
+            words.append(tokenizer.decode(word))
+            word = []
+        word.append(i)
+    words.append(tokenizer.decode(word))
+    joined = [w.strip() for w in words if w.strip()]
+    assert joined == ["def", "push(self,", "x):", "return", "x"]
+    assert starts[list(tokenizer.specials)].all()
+
+
+def test_word_pieces_that_continue_a_word(make):
+    tokenizer = make("word_piece")
+    ids = tokenizer.encode("unquickly items")
+    pieces = [tokenizer.piece(int(i)) for i in ids]
+    assert [not p.startswith("##") for p in pieces] == tokenizer.starts_word[ids].tolist()
+    assert sum(tokenizer.starts_word[ids]) == 2 < len(ids)
+    assert tokenizer.starts_word[list(tokenizer.specials)].all()
+
+
+def test_words_cannot_be_told_where_only_their_ends_are_marked():
+    hf = tokenizers.Tokenizer(models.BPE({"a</w>": 0, "a": 1, "<|endoftext|>": 2}, []))
+    hf.decoder = decoders.BPEDecoder(suffix="</w>")
+    with pytest.raises(UserError, match="where a word begins"):
+        _ = HuggingFaceTokenizer(hf.to_str()).starts_word
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "characters"])
+def test_a_mask_token_on_request(kind, tmp_path):
+    config = TokenizerConfig(kind=kind, vocab_size=380)
+    documents = ["a <mask> or [MASK] in text\n", *CORPUS]
+    plain = train_tokenizer(config, documents)
+    masked = train_tokenizer(config, documents, mask=True)
+    assert plain.mask_id is None
+    assert plain.fingerprint != masked.fingerprint
+    assert masked.vocab_size == plain.vocab_size + (kind != "sentencepiece")
+    assert masked.specials[masked.mask_id] == "<mask>"
+    assert masked.starts_word[masked.mask_id]
+    text = documents[0]
+    ids = masked.encode(text)
+    assert masked.mask_id not in ids
+    assert masked.decode(ids) == masked.decode([masked.mask_id, *ids, masked.mask_id]) == text
+    assert masked.byte_lengths[masked.mask_id] == 0
+    masked.save(tmp_path)
+    for again in (load_tokenizer(tmp_path), pickle.loads(pickle.dumps(masked))):
+        assert again.mask_id == masked.mask_id
+        assert again.fingerprint == masked.fingerprint
+    from_file = TokenizerConfig(kind="file", path=str(tmp_path))
+    assert train_tokenizer(from_file, [], mask=True).mask_id == masked.mask_id
+
+
+def test_the_mask_token_of_published_tokenizers(tmp_path):
+    published(tmp_path, "word_piece")
+    file = TokenizerConfig(kind="file", path=str(tmp_path))
+    with pytest.raises(UserError, match="no mask token"):
+        train_tokenizer(file, [], mask=True)
+    hf = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    hf.add_special_tokens(["[MASK]", "[HIDE]"])
+    hf.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = train_tokenizer(file, [], mask=True)
+    assert tokenizer.mask_id == hf.token_to_id("[MASK]")
+    tokenizer.save(tmp_path / "saved")
+    for again in (load_tokenizer(tmp_path / "saved"), pickle.loads(pickle.dumps(tokenizer))):
+        assert again.mask_id == tokenizer.mask_id
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": "[HIDE]"}))
+    other = load_tokenizer(tmp_path)
+    assert other.mask_id == hf.token_to_id("[HIDE]")
+    assert other.fingerprint != tokenizer.fingerprint
