@@ -100,6 +100,17 @@ def _checks(config: Config):
         "model.head_width",
         f"rotary positions need an even width, not {model.head_width}",
     )
+    yield all(w >= 0 for w in model.windows), "model.windows", "each must be at least 0 (0: all)"
+    yield (
+        model.causal or not any(model.windows),
+        "model.windows",
+        "a window is of earlier tokens: it needs model.causal = True",
+    )
+    yield (
+        model.head != "none" or model.tied_head,
+        "model.tied_head",
+        "a model without a head has none of its own: leave it True",
+    )
     yield 0 <= model.dropout < 1, "model.dropout", f"must be in [0, 1), not {model.dropout}"
     yield (
         data.length <= model.max_length,
@@ -179,10 +190,11 @@ def _checks(config: Config):
     )
     above_0 = "optimizer.learning_rate optimizer.muon_learning_rate optimizer.epsilon"
     above_0 += " model.norm_epsilon model.init_std model.rope_theta model.rope_scaling.factor"
+    above_0 += " model.window_rope_theta model.attention_scale"
     above_0 += " model.rope_scaling.original_length optimizer.decay_steps checkpoint.keep_every"
     from_0 = "optimizer.clip_norm optimizer.warmup_steps optimizer.weight_decay training.z_loss"
     from_0 += " training.evaluate_every training.sample_every training.sample_tokens"
-    from_0 += " checkpoint.every"
+    from_0 += " checkpoint.every model.token_types model.attention_softcap model.logits_softcap"
     parts = "optimizer.b1 optimizer.b2 optimizer.muon_momentum"
     for key, value, _ in walk(config):
         if value is not None and key in above_0.split():

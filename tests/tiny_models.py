@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lm_jax.config import Config, MeshConfig, ModelConfig, RopeScaling
+from lm_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, RopeScaling
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import make_mesh
@@ -50,7 +50,32 @@ LLAMA = dataclasses.replace(
     qk_norm=True,
     tied_head=False,
 )
-BERT = dataclasses.replace(GPT2, causal=False, norm_placement="post", activation="gelu")
+BERT = dataclasses.replace(
+    GPT2,
+    causal=False,
+    norm_placement="post",
+    activation="gelu",
+    token_types=2,
+    pooler=True,
+    head="masked_lm",
+)
+GEMMA = dataclasses.replace(
+    LLAMA,
+    layers=3,
+    windows=(3, 0),
+    window_rope_theta=30.0,
+    norm_placement="both",
+    embedding_scale=True,
+    activation="gelu_tanh",
+    attention_scale=0.5,
+    attention_softcap=2.0,
+    logits_softcap=3.0,
+    tied_head=True,
+)
+LORA = dataclasses.replace(
+    LLAMA,
+    lora=LoraConfig(2, 4.0, ("query", "key", "value", "out", "up", "gate", "down")),
+)
 
 
 @functools.cache

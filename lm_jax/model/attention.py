@@ -16,6 +16,14 @@ from lm_jax.sharding.mesh import activation_spec
 MASKED = -1e30
 
 
+def layer_kinds(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The different windows there are, and for each layer which of them it has."""
+    pattern = config.windows or (0,)
+    of_layer = [pattern[i % len(pattern)] for i in range(config.layers)]
+    windows = tuple(dict.fromkeys(of_layer))
+    return windows, tuple(map(windows.index, of_layer))
+
+
 def attention_mask(
     *,
     causal: bool,
@@ -23,19 +31,24 @@ def attention_mask(
     key_length: int,
     query_segments: jax.Array | None = None,
     key_segments: jax.Array | None = None,
+    window: int = 0,
 ) -> jax.Array | None:
     """Which keys a query sees: earlier ones or itself if `causal`, and of its own segment only.
 
     Args:
       query_index: int32 [B or 1, T], the place of each query among the keys.
       query_segments, key_segments: int32 [B, T] and [B, S]; None: one segment.
+      window: a causal query sees so many keys, itself included (Beltagy et al. 2020); 0: all.
 
     Returns:
       bool [B or 1, T, S], True where seen; None where everything is.
     """
     mask_BTS = None
     if causal:
-        mask_BTS = query_index[:, :, None] >= jnp.arange(key_length)[None, None, :]
+        back_BTS = query_index[:, :, None] - jnp.arange(key_length)[None, None, :]
+        mask_BTS = back_BTS >= 0
+        if window:
+            mask_BTS &= back_BTS < window
     if query_segments is not None:
         same_BTS = query_segments[:, :, None] == key_segments[:, None, :]
         mask_BTS = same_BTS if mask_BTS is None else mask_BTS & same_BTS
@@ -56,6 +69,7 @@ def resolve_backend(config: ModelConfig, length: int) -> str:
         "model.dtype = bfloat16": config.dtype != "bfloat16",
         "model.dropout = 0": config.dropout > 0,
         f"a model.head_width of up to 128 that 8 divides, not {width}": width > 128 or width % 8,
+        "model.attention_softcap = 0": config.attention_softcap > 0,
         f"an even number of tokens a row, not {length}": length % 2,
     }
     needed = [need for need, missing in obstacles.items() if missing]
@@ -73,6 +87,8 @@ def attention(
     mask_BTS: jax.Array | None,
     *,
     backend: str = "xla",
+    scale: float | None = None,
+    softcap: float = 0.0,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
@@ -84,20 +100,25 @@ def attention(
     Args:
       mask_BTS: see `attention_mask`.
       backend: 'xla' (the reference) or 'cudnn'.
+      scale: of the scores; None: H ** -0.5.
+      softcap: scores are squashed into (-softcap, softcap) by tanh (Gemma 2); 0: not. Not with
+        'cudnn'.
       dropout_rate: on the attention weights; needs `dropout_key`. Not with 'cudnn'.
 
     Returns:
       [B, T, N, H], of the dtype of `q_BTNH`.
     """
     if backend == "cudnn":
-        return _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+        return _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale)
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     grouped = activation_spec("batch", "length", "kv_heads", None, "head_width")
     q_BTKGH = jax.lax.reshape(q_BTNH, (B, T, K, N // K, H), out_sharding=grouped)
-    scores_BKGTS = H**-0.5 * jnp.einsum(
+    scores_BKGTS = (H**-0.5 if scale is None else scale) * jnp.einsum(
         "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
     )
+    if softcap:
+        scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
     if mask_BTS is not None:
         scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
@@ -108,7 +129,11 @@ def attention(
 
 
 def _cudnn(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array | None,
+    scale: float | None,
 ) -> jax.Array:
     """Each device runs the kernel on its own rows and heads.
 
@@ -119,7 +144,7 @@ def _cudnn(
     def local(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
         mask = None if mask_BTS is None else mask_BTS[:, None]
         return jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, mask=mask, implementation="cudnn"
+            q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=scale, implementation="cudnn"
         )
 
     q_spec = activation_spec("batch", "length", "heads", "head_width")

@@ -1,14 +1,15 @@
 """Model FLOPs of a training token, and the peak of the device it runs on.
 
 Convention: 6 FLOPs for each parameter of a matrix product (2 forward, 4 backward; the head counts,
-embedding look-ups, norms and biases do not), plus attention's two products, halved where a causal
-mask lets half of them be skipped (Kaplan et al. 2020; PaLM, appendix B). Rematerialization and
-padding do not count: MFU is useful work over peak.
+embedding look-ups, norms, biases and adapters do not), plus attention's two products, as far as a
+causal mask or a window does not let them be skipped (Kaplan et al. 2020; PaLM, appendix B).
+Rematerialization and padding do not count: MFU is useful work over peak.
 """
 
 import math
 
 from lm_jax.config import ModelConfig
+from lm_jax.model.attention import layer_kinds
 
 # Dense bf16 FLOP/s of one device, by a part of jax's device_kind. From the vendors' data sheets.
 _PEAKS = {
@@ -33,14 +34,20 @@ def matrix_parameters(config: ModelConfig) -> int:
     c = config
     attention = 2 * c.width * (c.heads + c.kv_heads) * c.head_width
     mlp = (3 if c.gated_mlp else 2) * c.width * c.mlp_width
-    return c.layers * (attention + mlp) + c.width * c.vocab_size
+    head = 0 if c.head == "none" else c.width * c.vocab_size
+    dense = c.width**2 * ((c.head == "masked_lm") + c.pooler)
+    return c.layers * (attention + mlp) + head + dense
 
 
 def training_flops_per_token(config: ModelConfig, length: int) -> float:
     """FLOPs, forward and backward, of a token in a row of `length` tokens."""
     c = config
-    attention = 12 * c.layers * c.heads * c.head_width * length
-    return 6 * matrix_parameters(c) + attention / (2 if c.causal else 1)
+    windows, kinds_L = layer_kinds(c)
+    seen = 0.0  # keys, on average over the queries of a row, in all layers
+    for kind in kinds_L:
+        window = min(windows[kind] or length, length)
+        seen += window - window**2 / (2 * length) if c.causal else length
+    return 6 * matrix_parameters(c) + 12 * c.heads * c.head_width * seen
 
 
 def peak_flops(device_kind: str) -> float:

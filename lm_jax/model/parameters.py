@@ -5,8 +5,6 @@ a flat dict, dotted name -> array, such as 'blocks.attention.query'. `split` and
 to the other and back.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -31,38 +29,6 @@ def constant(value: float, shape: tuple[int, ...], *axes: str) -> nnx.Param:
 def use(p: nnx.Param, dtype: str) -> jax.Array:
     """A parameter as a layer computes with it: cast first, so that half the bytes are gathered."""
     return reshard(p.get_value().astype(dtype), activation_spec(*p.axes))
-
-
-def project(x: jax.Array, p: nnx.Param, bias: nnx.Param | None, *axes: str) -> jax.Array:
-    """The product of the last axes of `x` with the first of a weight, plus a bias if there is one.
-
-    As one product of two matrices: XLA on CPU takes a third longer for the gradient of an einsum
-    over unflattened axes (6.3 against 7.9 ms for 2048 x 256 x 256 and back).
-
-    Args:
-      x: activations; as many leading axes remain as `axes` names before the weight's own.
-      axes: logical axes of the result.
-    """
-    weight = use(p, x.dtype)
-    contracted = (x.ndim + weight.ndim - len(axes)) // 2
-    K, lead = math.prod(weight.shape[:contracted]), x.shape[: x.ndim - contracted]
-    inner, outer = p.axes[-weight.ndim], p.axes[contracted]  # how the merged axes are sharded
-
-    def reshape(x: jax.Array, shape: tuple[int, ...], *axes: str) -> jax.Array:
-        return jax.lax.reshape(x, shape, out_sharding=activation_spec(*axes))
-
-    x_MK = reshape(x, (math.prod(lead), K), "batch", inner)
-    weight_KO = reshape(weight, (K, weight.size // K), inner, outer)
-    spec = activation_spec("batch", outer)
-    y_MO = jnp.einsum("MK,KO->MO", x_MK, weight_KO, out_sharding=spec)
-    return plus(reshape(y_MO, (*lead, *weight.shape[contracted:]), *axes), bias)
-
-
-def plus(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    """`x` with a bias, if there is one, over its last axes."""
-    if bias is None:
-        return x
-    return x + use(bias, x.dtype)[(None,) * (x.ndim - len(bias.axes))]
 
 
 def _leaves(model: nnx.Module) -> dict[str, nnx.Param]:

@@ -7,9 +7,15 @@ import numpy as np
 from lm_jax.config import ModelConfig
 
 
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians a position for each pair of features: float32 [head_width / 2]."""
+def rope_frequencies(config: ModelConfig, windowed: bool = False) -> np.ndarray:
+    """Radians a position for each pair of features: float32 [head_width / 2].
+
+    Args:
+      windowed: those of the layers with a window.
+    """
     exponents = np.arange(0, config.head_width, 2, dtype=np.float64) / config.head_width
+    if windowed and config.window_rope_theta is not None:
+        return (config.window_rope_theta**-exponents).astype(np.float32)
     frequencies = config.rope_theta**-exponents
     scaling = config.rope_scaling
     if scaling.kind == "linear":  # Chen et al. 2023, position interpolation
@@ -22,11 +28,13 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_tables(
+    config: ModelConfig, positions_BT: jax.Array, windowed: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines for each position: two float32 [B, T, 1, head_width / 2]."""
     angles = (
         positions_BT[:, :, None, None].astype(jnp.float32)
-        * rope_frequencies(config)[None, None, None, :]
+        * rope_frequencies(config, windowed)[None, None, None, :]
     )
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -24,6 +24,8 @@ PARAMETER_RULES: dict[str, str | None] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "head_width": None,
+    "rank": None,
+    "features": None,
     "position": None,
     "norm": None,  # scales and biases as wide as the model: too small to share out
 }

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm_jax.model.transformer import Transformer, logits_of
+from lm_jax.model.transformer import Head, Transformer
 
 # Logits that one device holds at a time where the chunk is left to be chosen: 2^25 float32 numbers,
 # 128 MiB, and as much again for their gradient.
@@ -37,7 +37,7 @@ def chunk_length(length: int, rows: int, vocab: int) -> int:
 
 def cross_entropy(
     x_BTD: jax.Array,
-    head_DV: jax.Array,
+    head: Head,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     *,
@@ -49,13 +49,13 @@ def cross_entropy(
     for the gradient, so that [B, T, V] is never held.
 
     Args:
-      x_BTD: the model's hidden states.
+      x_BTD: what the head takes, see `Transformer.head_input`.
       weights_BT: float32; 0 leaves a position out.
       chunk: divides T; None: all at once.
     """
     T = x_BTD.shape[1]
     if chunk is None or chunk == T:
-        return _sums(x_BTD, head_DV, targets_BT, weights_BT)
+        return _sums(x_BTD, head, targets_BT, weights_BT)
     if T % chunk:
         raise ValueError(f"chunks of {chunk} do not divide {T} positions")
 
@@ -63,14 +63,14 @@ def cross_entropy(
         return jnp.moveaxis(x.reshape(x.shape[0], T // chunk, chunk, *x.shape[2:]), 1, 0)
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, _sums(part[0], head_DV, *part[1:])), None
+        return jax.tree.map(jnp.add, total, _sums(part[0], head, *part[1:])), None
 
     parts = tuple(map(chunks_first, (x_BTD, targets_BT, weights_BT)))
     return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), LossSums.zero(), parts)[0]
 
 
-def _sums(x_BTD, head_DV, targets_BT, weights_BT) -> LossSums:
-    logits_BTV = logits_of(x_BTD, head_DV)
+def _sums(x_BTD, head, targets_BT, weights_BT) -> LossSums:
+    logits_BTV = head.logits(x_BTD)
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     # A masked sum and no gather: it stays local where the vocabulary is sharded.
     is_target_BTV = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[:, :, None]
@@ -98,5 +98,9 @@ def batch_loss(
         dropout_key=dropout_key,
     )
     return cross_entropy(
-        x_BTD, model.head_weight(), batch["targets"], batch["weights"], chunk=chunk
+        model.head_input(x_BTD),
+        model.output_head(),
+        batch["targets"],
+        batch["weights"],
+        chunk=chunk,
     )

@@ -8,28 +8,51 @@ import math
 import numpy as np
 
 
-def forward(c, p: dict[str, np.ndarray], tokens, segments=None, positions=None) -> np.ndarray:
+def forward(
+    c, p: dict[str, np.ndarray], tokens, segments=None, positions=None, types=None
+) -> np.ndarray:
     """Logits [T, V] of one row, float64."""
     p = {name: np.asarray(x, np.float64) for name, x in p.items()}
     T = len(tokens)
     segments = np.ones(T, int) if segments is None else segments
     positions = np.arange(T) if positions is None else positions
-    x = p["embedding"][tokens]
+    x = p["embedding"][tokens] * (math.sqrt(c.width) if c.embedding_scale else 1)
     if c.position == "learned":
         x = x + p["position_embedding"][positions]
+    if c.token_types:
+        x = x + p["type_embedding"][np.zeros(T, int) if types is None else types]
     if c.norm_placement == "post":
         x = norm(c, p, "norm", x)
     for layer in range(c.layers):
         b = {k.removeprefix("blocks."): v[layer] for k, v in p.items() if k.startswith("blocks.")}
+        b = adapted(c, b)
+        window = c.windows[layer % len(c.windows)] if c.windows else 0
+        where = segments, positions, window
         if c.norm_placement == "pre":
-            x = x + attend(c, b, norm(c, b, "attention_norm", x), segments, positions)
+            x = x + attend(c, b, norm(c, b, "attention_norm", x), *where)
             x = x + feed_forward(c, b, norm(c, b, "mlp_norm", x))
+        elif c.norm_placement == "both":
+            y = attend(c, b, norm(c, b, "attention_norm", x), *where)
+            x = x + norm(c, b, "attention_out_norm", y)
+            x = x + norm(c, b, "mlp_out_norm", feed_forward(c, b, norm(c, b, "mlp_norm", x)))
         else:
-            x = norm(c, b, "attention_norm", x + attend(c, b, x, segments, positions))
+            x = norm(c, b, "attention_norm", x + attend(c, b, x, *where))
             x = norm(c, b, "mlp_norm", x + feed_forward(c, b, x))
-    if c.norm_placement == "pre":
+    if c.norm_placement != "post":
         x = norm(c, p, "norm", x)
-    return x @ (p["embedding"].T if c.tied_head else p["head"])
+    if c.head == "masked_lm":
+        x = norm(c, p, "head_norm", activation(c, x @ p["head_dense"] + p["head_dense_bias"]))
+    x = x @ (p["embedding"].T if c.tied_head else p["head"]) + p.get("head_bias", 0.0)
+    return c.logits_softcap * np.tanh(x / c.logits_softcap) if c.logits_softcap else x
+
+
+def adapted(c, b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A layer's weights with those of its adapters added: W + alpha / rank A B."""
+    out = dict(b)
+    for name in [n.removesuffix("_lora.a") for n in b if n.endswith("_lora.a")]:
+        low, high = b[f"{name}_lora.a"], b[f"{name}_lora.b"]
+        out[name] = b[name] + c.lora.alpha / c.lora.rank * np.tensordot(low, high, 1)
+    return out
 
 
 def norm(c, p, name, x):
@@ -44,7 +67,7 @@ def rms(c, x):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_epsilon)
 
 
-def attend(c, b, x, segments, positions):
+def attend(c, b, x, segments, positions, window):
     T, group = len(x), c.heads // c.kv_heads
     out = np.zeros((T, c.width))
     for n in range(c.heads):
@@ -58,10 +81,13 @@ def attend(c, b, x, segments, positions):
             q = rms(c, q) * b["attention.query_norm.scale"]
             k = rms(c, k) * b["attention.key_norm.scale"]
         if c.position == "rope":
-            q, k = rotate(c, q, positions), rotate(c, k, positions)
+            q, k = rotate(c, q, positions, window), rotate(c, k, positions, window)
         for t in range(T):
             seen = [s for s in range(T) if segments[s] == segments[t] and (s <= t or not c.causal)]
-            scores = k[seen] @ q[t] / math.sqrt(c.head_width)
+            seen = [s for s in seen if not window or t - s < window]
+            scores = k[seen] @ q[t] * (c.attention_scale or 1 / math.sqrt(c.head_width))
+            if c.attention_softcap:
+                scores = c.attention_softcap * np.tanh(scores / c.attention_softcap)
             weights = np.exp(scores - scores.max())
             out[t] += (weights / weights.sum()) @ v[seen] @ b["attention.out"][n]
     return out + b.get("attention.out_bias", 0.0)
@@ -90,17 +116,22 @@ def activation(c, x):
             return np.where(x > 0, x**2, 0.0)
 
 
-def rotate(c, x, positions):
+def rotate(c, x, positions, window):
     """Features i and i + H/2 are one complex number, turned by the position times a frequency."""
     half = c.head_width // 2
-    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * np.outer(positions, frequencies(c)))
+    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(
+        1j * np.outer(positions, frequencies(c, window))
+    )
     return np.concatenate([turned.real, turned.imag], -1)
 
 
-def frequencies(c) -> np.ndarray:
+def frequencies(c, window=0) -> np.ndarray:
     """Radians a position: RoFormer, section 3.2.2; linear: Chen et al. 2023; llama3: Meta's."""
     s, out = c.rope_scaling, []
     for i in range(c.head_width // 2):
+        if window and c.window_rope_theta:
+            out.append(c.window_rope_theta ** (-2 * i / c.head_width))
+            continue
         f = 1.0 / c.rope_theta ** (2 * i / c.head_width)
         if s.kind == "linear":
             f /= s.factor

@@ -13,8 +13,10 @@ import reference_model
 from jax._src.cudnn import fused_attention_stablehlo
 from tiny_models import (
     BERT,
+    GEMMA,
     GPT2,
     LLAMA,
+    LORA,
     T,
     V,
     build,
@@ -142,17 +144,17 @@ def test_cudnn_gets_each_devices_rows_and_heads(mask_rows, monkeypatch):
     """With jax's own attention in place of the kernel, eight devices compute what one does."""
     plain = jax.nn.dot_product_attention
     monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda *a, implementation, mask: plain(*a, mask=mask)
+        jax.nn, "dot_product_attention", lambda *a, implementation, **k: plain(*a, **k)
     )
     qkv = normal(4, T, 4, 8), normal(4, T, 2, 8, seed=1), normal(4, T, 2, 8, seed=2)
     mask = None if mask_rows is None else np.tril(np.ones((mask_rows, T, T), bool))
-    want = attention(*qkv, mask)
+    want = attention(*qkv, mask, scale=0.3)
     with jax.set_mesh(on_devices((2, 2, 2))):
         spec = jax.P(("data", "fsdp"), None, "tensor", None)
         qkv = [jax.device_put(x, spec) for x in qkv]
         if mask_rows == 4:
             mask = jax.device_put(mask, jax.P(("data", "fsdp")))
-        got = quick_jit(functools.partial(attention, backend="cudnn"))(*qkv, mask)
+        got = quick_jit(functools.partial(attention, backend="cudnn", scale=0.3))(*qkv, mask)
         assert got.sharding.spec == spec
     np.testing.assert_allclose(got, want, atol=1e-6)
 
@@ -378,7 +380,7 @@ def test_parameters_by_name_and_back(config):
 SWITCHES = {
     "position": ["learned", "rope"],
     "norm": ["layernorm", "rmsnorm"],
-    "norm_placement": ["pre", "post"],
+    "norm_placement": ["pre", "post", "both"],
     "gated_mlp": [False, True],
     "tied_head": [False, True],
     "qkv_bias": [False, True],
@@ -391,7 +393,7 @@ SWITCHES = {
 
 def test_each_axis_of_each_parameter_of_each_family_has_its_rules():
     seen = set()
-    for base in (GPT2, LLAMA, BERT):
+    for base in (GPT2, LLAMA, BERT, GEMMA, LORA):
         for name, values in SWITCHES.items():
             for value in values:
                 skeleton = skeleton_of(replace(base, **{name: value}))
@@ -407,11 +409,11 @@ def test_each_axis_of_each_parameter_of_each_family_has_its_rules():
     assert {"blocks.attention.query_norm.scale", "blocks.mlp.gate_bias", "head"} <= seen
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("config", [GPT2, LLAMA, BERT], ids=["gpt2", "llama", "bert"])
 def test_matrix_parameters_are_those_of_the_model(config):
     sizes = {name: x.size for name, x in parameters.split(skeleton_of(config)).items()}
     head = "embedding" if config.tied_head else "head"
-    matrices = {"query", "key", "value", "out", "up", "gate", "down", head}
+    matrices = {"query", "key", "value", "out", "up", "gate", "down", "pooler", "head_dense", head}
     assert flops.matrix_parameters(config) == sum(
         n for name, n in sizes.items() if name.rpartition(".")[2] in matrices
     )

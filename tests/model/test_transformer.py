@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_model
-from tiny_models import BERT, GPT2, LLAMA, T, V, build, quick_jit
+from tiny_models import BERT, GEMMA, GPT2, LLAMA, LORA, T, V, build, quick_jit
 
 from lm_jax.config import RopeScaling
+from lm_jax.errors import UserError
+from lm_jax.model import lora
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.cache import init_cache
 from lm_jax.model.transformer import Transformer
+from lm_jax.training.step import skeleton_of
 
 replace = dataclasses.replace
 
@@ -46,6 +49,11 @@ FAMILIES = {
     ),
     "bert": BERT,
     "post-norm, causal, no norm bias": replace(BERT, causal=True, norm_bias=False),
+    "gemma": GEMMA,
+    "a window of all layers, unrolled": replace(GPT2, windows=(4,), scan_layers=False),
+    "windows of two sizes, unrolled": replace(GPT2, windows=(4, 2), scan_layers=False),
+    "biases of queries, keys and values alone": replace(LLAMA, qkv_bias=True),
+    "adapters": LORA,
     "relu": replace(GPT2, activation="relu", layers=1, head_width=6),
     "relu squared": replace(GPT2, activation="relu_squared", layers=1, mlp_bias=False),
 }
@@ -63,7 +71,7 @@ def test_agrees_with_the_papers(name):
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("config", [GPT2, LLAMA, GEMMA], ids=["gpt2", "llama", "gemma"])
 def test_a_later_token_changes_no_earlier_logit(config):
     model, ids = build(config), tokens(1)
     changed = ids.copy()
@@ -115,7 +123,7 @@ def test_no_gradient_crosses_documents(config):
         np.testing.assert_array_equal(touched, PACKED_SEGMENTS[0] == segment)
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("config", [GPT2, LLAMA, GEMMA], ids=["gpt2", "llama", "gemma"])
 def test_cached_decoding_equals_the_full_pass_for_rows_of_different_lengths(config):
     """Rows of 3, 7 and 5 tokens go on together; slots past a row's own hold what was padding."""
     model, ids, lengths = build(config), tokens(3, seed=1), np.array([3, 7, 5])
@@ -137,6 +145,47 @@ def test_cached_decoding_equals_the_full_pass_for_rows_of_different_lengths(conf
         got, cache = advance(model, np.take_along_axis(ids, at, 1), at, cache)
         want = np.take_along_axis(full, at[:, :, None], 1)
         np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_token_types_are_those_given():
+    model, ids = build(BERT), tokens(1)
+    types = np.arange(T, dtype=np.int32)[None] // 9
+    got = quick_jit(lambda model: model.logits(model(ids, types_BT=types)[0]))(model)[0]
+    want = reference_model.forward(BERT, params_lib.split(model), ids[0], types=types[0])
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
+    with pytest.raises(ValueError, match="token types"):
+        build(GPT2)(ids, types_BT=types)
+
+
+def test_the_pooler_sees_the_first_token():
+    model, x = build(BERT), np.random.default_rng(0).standard_normal((2, T, BERT.width), np.float32)
+    want = np.tanh(x[:, 0] @ np.asarray(model.pooler) + np.asarray(model.pooler_bias))
+    np.testing.assert_allclose(model.pool(jnp.asarray(x)), want, atol=1e-5)
+
+
+def test_a_model_without_a_head_gives_no_scores():
+    model = build(replace(BERT, head="none"))
+    x, _ = model(tokens(1))
+    assert x.shape == (1, T, BERT.width)
+    with pytest.raises(UserError, match="head"):
+        model.logits(x)
+
+
+def test_adapters_merged_into_their_weights_change_no_logit():
+    model, ids = build(LORA), tokens(2)
+    config, merged = lora.merge(LORA, params_lib.split(model))
+    assert not any(lora.is_adapter(name) for name in merged) and config.lora.rank == 0
+    got = logits(params_lib.bind(skeleton_of(config), merged), ids)
+    np.testing.assert_allclose(got, logits(model, ids), atol=2e-5)
+
+
+def test_adapters_start_as_nothing():
+    model, ids = Transformer(LORA, jax.random.key(0)), tokens(1)
+    all_of_it = params_lib.split(model)
+    base = {name: x for name, x in all_of_it.items() if not lora.is_adapter(name)}
+    assert len(all_of_it) - len(base) == 2 * len(LORA.lora.targets)
+    plain = params_lib.bind(skeleton_of(lora.base_config(LORA)), base)
+    np.testing.assert_array_equal(logits(model, ids), logits(plain, ids))
 
 
 def test_a_cache_does_not_combine_with_packing_or_two_way_attention():

@@ -1,0 +1,192 @@
+"""The parts of a Transformer's block: norm, attention, feed-forward.
+
+B batch, T query length, S key length, D width, N query heads, K key/value heads, H head width,
+F feed-forward width, L layers.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lm_jax.config import ModelConfig
+from lm_jax.model import cache as kv
+from lm_jax.model.attention import attention
+from lm_jax.model.dropout import dropout
+from lm_jax.model.parameters import constant, normal
+from lm_jax.model.projection import Lora, project
+from lm_jax.model.rope import apply_rope
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+class Norm(nnx.Module):
+    """Layer norm (Ba et al. 2016) or RMS norm (Zhang and Sennrich 2019), in float32."""
+
+    def __init__(self, kind: str, width: int, epsilon: float, bias: bool, axis: str = "norm"):
+        self.kind, self.epsilon = kind, epsilon
+        self.scale = constant(1.0, (width,), axis)
+        self.bias = constant(0.0, (width,), axis) if bias and kind == "layernorm" else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        last = (None,) * (x.ndim - 1)
+        y = y * self.scale.get_value()[last]
+        if self.bias is not None:
+            y = y + self.bias.get_value()[last]
+        return y.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        c = self.config = config
+        D, N, K, H = c.width, c.heads, c.kv_heads, c.head_width
+        kq, kk, kv_, ko = jax.random.split(key, 4)
+        residual_std = c.init_std / (2 * c.layers) ** 0.5  # GPT-2, section 2.3
+        self.query = normal(kq, (D, N, H), c.init_std, "embed", "heads", "head_width")
+        self.key = normal(kk, (D, K, H), c.init_std, "embed", "kv_heads", "head_width")
+        self.value = normal(kv_, (D, K, H), c.init_std, "embed", "kv_heads", "head_width")
+        self.out = normal(ko, (N, H, D), residual_std, "heads", "head_width", "embed")
+        bias = c.qkv_bias
+        self.query_bias = constant(0.0, (N, H), "heads", "head_width") if bias else None
+        self.key_bias = constant(0.0, (K, H), "kv_heads", "head_width") if bias else None
+        self.value_bias = constant(0.0, (K, H), "kv_heads", "head_width") if bias else None
+        self.out_bias = constant(0.0, (D,), "norm") if c.out_bias else None
+        norm = functools.partial(Norm, "rmsnorm", H, c.norm_epsilon, False, "head_width")
+        self.query_norm, self.key_norm = (norm(), norm()) if c.qk_norm else (None, None)
+        self.query_lora = _adapter(c, "query", kq, self.query)
+        self.key_lora = _adapter(c, "key", kk, self.key)
+        self.value_lora = _adapter(c, "value", kv_, self.value)
+        self.out_lora = _adapter(c, "out", ko, self.out, inputs=2)
+
+    def __call__(self, x_BTD, context: "Context", layer, kind, cache, key):
+        c = self.config
+        mask_BTS, rope = context.of(kind)
+        q_BTNH = _heads(x_BTD, self.query, self.query_bias, self.query_lora, self.query_norm)
+        k_BTKH = _heads(x_BTD, self.key, self.key_bias, self.key_lora, self.key_norm)
+        v_BTKH = _heads(x_BTD, self.value, self.value_bias, self.value_lora, None)
+        if rope is not None:
+            q_BTNH, k_BTKH = apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope)
+        if cache is not None:
+            cache, k_BTKH, v_BTKH = kv.update(cache, layer, k_BTKH, v_BTKH, context.positions_BT)
+        y_BTNH = attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            mask_BTS,
+            backend=context.backend,
+            scale=c.attention_scale,
+            softcap=c.attention_softcap,
+            dropout_rate=c.dropout,
+            dropout_key=key,
+        )
+        axes = "batch", "length", "embed"
+        return project(y_BTNH, self.out, self.out_bias, *axes, lora=self.out_lora), cache
+
+
+def _heads(x_BTD, weight, bias, lora, norm):
+    y = project(x_BTD, weight, bias, "batch", "length", *weight.axes[1:], lora=lora)
+    return y if norm is None else norm(y)
+
+
+def _adapter(c: ModelConfig, name: str, key: jax.Array, weight, inputs: int = 1) -> Lora | None:
+    if not c.lora.rank or name not in c.lora.targets:
+        return None
+    return Lora(c.lora, jax.random.fold_in(key, 1), weight, inputs)  # not the numbers of the weight
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        c = self.config = config
+        D, F = c.width, c.mlp_width
+        ku, kg, kd = jax.random.split(key, 3)
+        residual_std = c.init_std / (2 * c.layers) ** 0.5
+        self.up = normal(ku, (D, F), c.init_std, "embed", "mlp")
+        self.gate = normal(kg, (D, F), c.init_std, "embed", "mlp") if c.gated_mlp else None
+        self.down = normal(kd, (F, D), residual_std, "mlp", "embed")
+        self.up_bias = constant(0.0, (F,), "mlp") if c.mlp_bias else None
+        gate_bias = c.mlp_bias and c.gated_mlp
+        self.gate_bias = constant(0.0, (F,), "mlp") if gate_bias else None
+        self.down_bias = constant(0.0, (D,), "norm") if c.mlp_bias else None
+        self.up_lora = _adapter(c, "up", ku, self.up)
+        self.gate_lora = _adapter(c, "gate", kg, self.gate) if c.gated_mlp else None
+        self.down_lora = _adapter(c, "down", kd, self.down)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        activation = ACTIVATIONS[self.config.activation]
+        axes = "batch", "length", "mlp"
+        h_BTF = project(x_BTD, self.up, self.up_bias, *axes, lora=self.up_lora)
+        if self.gate is None:
+            h_BTF = activation(h_BTF)
+        else:
+            gate_BTF = project(x_BTD, self.gate, self.gate_bias, *axes, lora=self.gate_lora)
+            h_BTF = activation(gate_BTF) * h_BTF
+        axes = "batch", "length", "embed"
+        return project(h_BTF, self.down, self.down_bias, *axes, lora=self.down_lora)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Context:
+    """What all blocks share in one forward pass.
+
+    Layers are of as many kinds as there are windows; each kind has its mask and rotary tables.
+    """
+
+    positions_BT: jax.Array
+    masks_BTS: tuple[jax.Array | None, ...]
+    ropes: tuple[tuple[jax.Array, jax.Array] | None, ...]
+    backend: str = dataclasses.field(metadata={"static": True})
+
+    def of(self, kind) -> tuple[jax.Array | None, tuple[jax.Array, jax.Array] | None]:
+        """The mask and the tables of a kind, whose number may be traced."""
+
+        def select(*options):
+            return options[0] if len(options) == 1 else jax.lax.select_n(kind, *options)
+
+        pick = functools.partial(jax.tree.map, select)
+        return pick(*self.masks_BTS), pick(*self.ropes)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        c = self.config = config
+        attention_key, mlp_key = jax.random.split(key)
+        norm = functools.partial(Norm, c.norm, c.width, c.norm_epsilon, c.norm_bias)
+        self.attention_norm, self.attention = norm(), Attention(c, attention_key)
+        self.mlp_norm, self.mlp = norm(), FeedForward(c, mlp_key)
+        both = c.norm_placement == "both"
+        self.attention_out_norm, self.mlp_out_norm = (norm(), norm()) if both else (None, None)
+
+    def __call__(self, x_BTD, context: Context, layer, kind, cache, key):
+        """Returns the residual stream after this block, and the cache with its keys and values."""
+        rate, pre = self.config.dropout, self.config.norm_placement != "post"
+        key_weights, key_attention, key_mlp = (
+            (None,) * 3 if key is None else jax.random.split(key, 3)
+        )
+        h_BTD = self.attention_norm(x_BTD) if pre else x_BTD
+        h_BTD, cache = self.attention(h_BTD, context, layer, kind, cache, key_weights)
+        if self.attention_out_norm is not None:
+            h_BTD = self.attention_out_norm(h_BTD)
+        x_BTD = x_BTD + dropout(h_BTD, rate, key_attention)
+        if not pre:
+            x_BTD = self.attention_norm(x_BTD)
+        h_BTD = self.mlp(self.mlp_norm(x_BTD) if pre else x_BTD)
+        if self.mlp_out_norm is not None:
+            h_BTD = self.mlp_out_norm(h_BTD)
+        x_BTD = x_BTD + dropout(h_BTD, rate, key_mlp)
+        if not pre:
+            x_BTD = self.mlp_norm(x_BTD)
+        return x_BTD, cache
