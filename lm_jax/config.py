@@ -93,6 +93,9 @@ class ModelConfig:
     tied_head: bool = True  # the head shares the token embedding
     pooler: bool = False  # a dense layer and tanh on the first token, as BERT
     lora: LoraConfig = field(default_factory=LoraConfig)
+    # The published family that it is exported as, by its model_type; '': the first that has this
+    # shape. Set where a published model is read.
+    family: str = ""
     init_std: float = 0.02
     dropout: float = 0.0  # on the embedding, each residual branch and the attention weights
     dtype: str = choice("bfloat16", "float32", resumable=True)  # compute; parameters are float32

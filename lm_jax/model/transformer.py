@@ -235,3 +235,8 @@ class Transformer(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 scores [B, T, V] for the hidden states `x_BTD`."""
         return self.output_head().logits(self.head_input(x_BTD))
+
+
+def skeleton_of(config: ModelConfig) -> Transformer:
+    """The module with abstract arrays in place of parameters."""
+    return jax.eval_shape(functools.partial(Transformer, config), jax.random.key(0))

@@ -1,0 +1,154 @@
+"""config.json to ModelConfig and back, by a family's maps."""
+
+import json
+from typing import Any
+
+from lm_jax.config import ModelConfig, RopeScaling, walk
+from lm_jax.errors import UserError
+from lm_jax.interop.family import Family, Json
+from lm_jax.interop.registry import FAMILIES
+
+# Not written in config.json, or how it is computed and not what.
+_NOT_SHAPE = ("dropout", "dtype", "remat", "scan_layers", "attention", "lora", "family")
+
+
+def read_json(path: str) -> Json:
+    """
+    Raises:
+      UserError: it is not there, or no JSON object.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            values = json.load(f)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not JSON: {e}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be a JSON object, not {type(values).__name__}")
+    return values
+
+
+def family_of(hf: Json, where: str) -> Family:
+    """
+    Raises:
+      UserError: it is of an architecture that is not supported; the message lists those that are.
+    """
+    kind, classes = hf.get("model_type"), hf.get("architectures") or []
+    known = {name: f for f in FAMILIES.values() for name in f.architectures}
+    if kind is None and classes:
+        kind = known[classes[0]].model_type if classes[0] in known else None
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        said = f"model_type {kind!r}" if kind is not None else f"architectures {classes!r}"
+        raise UserError(f"{where}: {said} is not supported; supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    if classes and classes[0] not in family.architectures:
+        raise UserError(
+            f"{where}: architecture {classes[0]!r} is not supported; supported of {kind}:"
+            f" {', '.join(family.architectures)}"
+        )
+    return family
+
+
+def read_config(family: Family, hf: Json, where: str, names: set[str] | None = None) -> ModelConfig:
+    """The model that config.json describes.
+
+    Args:
+      where: the file, for messages.
+      names: of the tensors beside it, with the family's prefix; they decide the fields of
+        `family.has`. None: those are left off.
+
+    Raises:
+      UserError: a key is missing, of a wrong type, or asks for a computation that is not supported.
+    """
+    hf = dict(family.defaults) | hf
+    for key, wanted in family.only.items():
+        wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+        if key in hf and hf[key] not in wanted:
+            raise UserError(f"{where}: {key} = {hf[key]!r} is not supported, only {wanted[0]!r}")
+    classes = hf.get("architectures") or [next(iter(family.architectures))]
+    fields: dict[str, Any] = dict(family.fixed) | {"family": family.model_type}
+    fields["head"] = family.architectures[classes[0]]
+    try:
+        fields |= {ours: hf[theirs] for theirs, ours in family.keys.items()}
+        fields |= family.read(hf)
+    except KeyError as e:
+        raise UserError(f"{where}: the key {e} is missing") from None
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError) as e:
+        raise UserError(f"{where}: a value is not of the type it should be: {e}") from None
+    if fields["head"] == "none":
+        fields["tied_head"] = True
+    fields |= {ours: theirs in (names or ()) for ours, theirs in family.has.items()}
+    return _typed(fields, where)
+
+
+def _typed(fields: dict[str, Any], where: str) -> ModelConfig:
+    scaling = RopeScaling(**fields.pop("rope_scaling", {}))
+    model = ModelConfig(**fields, rope_scaling=scaling)
+    model.kv_heads = model.heads if model.kv_heads is None else model.kv_heads
+    whole = "vocab_size layers width heads kv_heads mlp_width max_length"
+    for name in [*whole.split(), "head_width"]:
+        value = getattr(model, name)
+        if name == "head_width" and value is None:
+            if model.width % model.heads:
+                raise UserError(f"{where}: {model.heads} heads do not divide {model.width}")
+            value = model.head_width = model.width // model.heads
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{where}: {name} must be a whole number from 1 on, not {value!r}")
+    for name, value, field in walk(model):
+        if field.type is float and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"{where}: {name} must be a number, not {value!r}")
+        if field.type is bool and not isinstance(value, bool):
+            raise UserError(f"{where}: {name} must be true or false, not {value!r}")
+    return model
+
+
+def write_config(family: Family, model: ModelConfig) -> Json:
+    """config.json of `model` in `family`, without what belongs to the tokenizer.
+
+    Raises:
+      UserError: the family cannot express it; the message names each field.
+    """
+    hf = {theirs: getattr(model, ours) for theirs, ours in family.keys.items()}
+    hf |= family.write(model)
+    classes = [name for name, head in family.architectures.items() if head == model.head]
+    if not classes:
+        raise UserError(f"model.head: {family.model_type} has no model with head '{model.head}'")
+    hf |= {"model_type": family.model_type, "architectures": classes[:1]}
+    names = {tensor for field, tensor in family.has.items() if getattr(model, field)}
+    again = read_config(family, hf, family.model_type, names)
+    before = {k: v for k, v, _ in walk(model) if not k.startswith(_NOT_SHAPE)}
+    wrong = [
+        f"model.{k} = {before[k]!r}, there {v!r}"
+        for k, v, _ in walk(again)
+        if k in before and before[k] != v
+    ]
+    if wrong:
+        raise UserError(f"no {family.model_type} model has:\n  " + "\n  ".join(wrong))
+    return hf
+
+
+def choose_family(model: ModelConfig) -> Family:
+    """The family that `model` was read from, or the first that expresses it.
+
+    Raises:
+      UserError: there is none; the message says what keeps the nearest from it.
+    """
+    if model.family:
+        if model.family not in FAMILIES:
+            raise UserError(
+                f"model.family: '{model.family}' is none of {', '.join(FAMILIES)}, or ''"
+            )
+        return FAMILIES[model.family]
+    failures = []
+    for family in FAMILIES.values():
+        try:
+            write_config(family, model)
+        except UserError as e:
+            failures.append(str(e))
+        else:
+            return family
+    nearest = min(failures, key=lambda message: message.count("\n"))
+    raise UserError(f"no family of published models has this shape; nearest: {nearest}")

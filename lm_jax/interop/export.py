@@ -1,0 +1,114 @@
+"""A model as a Hugging Face folder, written one tensor at a time."""
+
+import contextlib
+import functools
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from lm_jax.config import ModelConfig
+from lm_jax.errors import UserError
+from lm_jax.interop.config_map import choose_family, write_config
+from lm_jax.interop.family import Family, Json, Shape, Weight
+from lm_jax.interop.pretrained import layers_of
+from lm_jax.interop.safetensors_writer import WeightsWriter
+from lm_jax.model import lora
+from lm_jax.model.parameters import Parameters
+from lm_jax.sharding.mesh import reshard
+
+DTYPES = ("float32", "bfloat16", "float16")
+SHARD_BYTES = 5_000_000_000  # as Transformers
+
+
+def save_pretrained(
+    folder: str,
+    model: ModelConfig,
+    parameters: Parameters,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = SHARD_BYTES,
+    token_ids: dict[str, int | None] | None = None,
+) -> Family:
+    """Writes config.json, generation_config.json and the weights.
+
+    Every process takes part; the first one writes. It holds one tensor at a time.
+
+    Args:
+      parameters: on the mesh that is set.
+      dtype: of the weights.
+      token_ids: 'bos_token_id', 'eos_token_id' and 'pad_token_id'.
+
+    Returns:
+      The family.
+
+    Raises:
+      UserError: no family expresses the model, or the folder cannot be written.
+      ValueError: there are adapters left; see `lm_jax.model.lora.merge`.
+    """
+    if any(map(lora.is_adapter, parameters)):
+        raise ValueError("adapters have no place in a published model: merge them first")
+    chosen = choose_family(model)
+    ids = {key: i for key, i in (token_ids or {}).items() if key not in chosen.only}
+    config = write_config(chosen, model) | ids | {"dtype": dtype}
+    tensors = _tensors(chosen, model, {name: x.shape for name, x in parameters.items()})
+    if first := jax.process_index() == 0:
+        planned = [(name, shape, jnp.dtype(dtype)) for name, shape, _ in tensors]
+        files = WeightsWriter(folder, planned, max_shard_bytes=max_shard_bytes)
+    with files if first else contextlib.nullcontext() as writer:
+        for name, _, parts in tensors:
+            x = [_on_host(parameters[w.ours], layer, dtype) for w, layer in parts]
+            if writer is not None:
+                theirs = [w.layout.write(part) for (w, _), part in zip(parts, x)]
+                writer.write(name, theirs[0] if len(x) == 1 else np.concatenate(theirs, -1))
+    if first:
+        _write_json(folder, "config.json", config)
+        if model.causal and model.head == "linear":
+            _write_json(folder, "generation_config.json", ids)
+    return chosen
+
+
+Part = tuple[Weight, int | None]  # a parameter, and which of its layers
+
+
+def _tensors(
+    family: Family, model: ModelConfig, shapes: dict[str, Shape]
+) -> list[tuple[str, Shape, list[Part]]]:
+    """Name, shape and the parts of each tensor, layer by layer."""
+    found: dict[str, tuple[Shape, list[Part]]] = {}
+    prefix = family.prefix if model.head == "none" else ""
+    for weight in family.weights(model):
+        names, each = layers_of(weight, shapes[weight.ours])
+        shape = weight.layout.their_shape(each)
+        whole = (*shape[:-1], shape[-1] * weight.part[1])
+        for i, name in enumerate(names):
+            layer = i if "{}" in weight.theirs else None
+            name = name.removeprefix(prefix)
+            found.setdefault(name, (whole, []))[1].append((weight, layer))
+    return [(name, shape, parts) for name, (shape, parts) in found.items()]
+
+
+def _on_host(x: jax.Array, layer: int | None, dtype: str) -> np.ndarray:
+    """One layer of a parameter, or all of it; rounded on the device, so that less is moved."""
+    return np.asarray(_whole(x, layer, dtype).addressable_data(0))
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _whole(x: jax.Array, layer: jax.Array | None, dtype: str) -> jax.Array:
+    """On every device, and so on every host."""
+    if layer is not None:
+        x = jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+    everywhere = P(*[None] * x.ndim) if not jax.sharding.get_abstract_mesh().empty else None
+    return reshard(x, everywhere).astype(dtype)
+
+
+def _write_json(folder: str, name: str, values: Json) -> None:
+    path = os.path.join(folder, name)
+    try:
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written: {e.strerror}") from None

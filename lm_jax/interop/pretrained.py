@@ -1,0 +1,182 @@
+"""Published models: a Hugging Face folder as a config and parameters on the mesh.
+
+Weights go from the file to the devices one tensor at a time. The host holds one tensor, and for a
+moment one more of its size where it has to be turned.
+"""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lm_jax.config import ModelConfig
+from lm_jax.errors import UserError
+from lm_jax.interop.config_map import family_of, read_config, read_json
+from lm_jax.interop.family import Family, Shape, Weight
+from lm_jax.interop.safetensors import Weights, open_weights
+from lm_jax.model import parameters as params_lib
+from lm_jax.model.parameters import Parameters
+from lm_jax.model.transformer import skeleton_of
+
+_LISTED = 10  # tensors that one message names
+
+
+def is_pretrained(path: str) -> bool:
+    """Whether `path` is a folder with a published model's config.json."""
+    try:
+        values = read_json(os.path.join(path, "config.json"))
+    except UserError:
+        return False
+    return bool(values.keys() & {"model_type", "architectures"})
+
+
+def read_model_config(path: str) -> ModelConfig:
+    """The shape of the model in a folder; what is not of its weights is left at the defaults.
+
+    Raises:
+      UserError: it is no such folder, or the model is not supported.
+    """
+    return _Folder(path).model
+
+
+def fingerprint(path: str) -> str:
+    """Tells the weights of a folder from others; a sample, see `Weights.fingerprint`."""
+    return open_weights(path).fingerprint()
+
+
+def load_parameters(path: str, config: ModelConfig, mesh: Mesh) -> Parameters:
+    """The weights of a folder as float32 parameters, sharded over `mesh`.
+
+    Args:
+      config: as `read_model_config` gives it; what is not of the weights may differ.
+
+    Raises:
+      UserError: tensors are missing, of another shape or not known; the message names each.
+    """
+    folder = _Folder(path)
+    with jax.set_mesh(mesh):
+        abstract = params_lib.split(skeleton_of(config))
+    weights = folder.family.weights(config)
+    folder.check(weights, {name: x.shape for name, x in abstract.items()})
+    out = {}
+    for weight in weights:
+        x = abstract[weight.ours]
+        out[weight.ours] = _load(folder, weight, x.shape, NamedSharding(mesh, x.sharding.spec))
+    return {name: out[name] for name in abstract}
+
+
+def layers_of(weight: Weight, shape: Shape) -> tuple[list[str], Shape]:
+    """The names of the tensors that hold a parameter, and the shape that each holds of it."""
+    if "{}" not in weight.theirs:
+        return [weight.theirs], shape
+    return [weight.theirs.format(i) for i in range(shape[0])], shape[1:]
+
+
+def _load(folder: "_Folder", weight: Weight, shape: Shape, sharding: NamedSharding) -> jax.Array:
+    names, each = layers_of(weight, shape)
+    if len(names) == 1 and each == shape:
+        return _on_devices(folder.read(weight, names[0], shape), sharding)
+    one = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+    stack = jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding)()
+    for i, name in enumerate(names):
+        layer = _on_devices(folder.read(weight, name, each), one)
+        stack = _put(sharding)(stack, layer, i)
+        stack.block_until_ready()  # or the host would run ahead, and hold many layers
+    return stack
+
+
+@functools.cache
+def _put(sharding: NamedSharding):
+    return jax.jit(
+        lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
+
+
+def _on_devices(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Each device gets its part, as float32; it is converted there."""
+    parts = jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return parts if parts.dtype == jnp.float32 else _to_float32(sharding)(parts)
+
+
+@functools.cache
+def _to_float32(sharding: NamedSharding):
+    return jax.jit(lambda x: x.astype(jnp.float32), out_shardings=sharding)
+
+
+class _Folder:
+    """A folder's family, model and tensors, by the names that the family's map has for them."""
+
+    def __init__(self, path: str):
+        if not os.path.isdir(path):
+            raise UserError(f"{path}: there is no such folder")
+        self.path, where = path, os.path.join(path, "config.json")
+        hf = read_json(where)
+        self.family: Family = family_of(hf, where)
+        self.weights: Weights = open_weights(path)
+        stored = {_modern(name): name for name in self.weights.names()}
+        if not any(name.startswith(self.family.prefix) for name in stored):
+            # A base model saved by itself.
+            stored = {self.family.prefix + name: old for name, old in stored.items()}
+        self._stored = stored
+        self.model = read_config(self.family, hf, where, set(stored))
+
+    def check(self, weights: list[Weight], shapes: dict[str, Shape]) -> None:
+        """
+        Args:
+          shapes: of our parameters.
+
+        Raises:
+          UserError: a tensor is missing, of another shape or dtype, or not known.
+        """
+        wanted: dict[str, Shape] = {}
+        for weight in weights:
+            names, each = layers_of(weight, shapes[weight.ours])
+            shape = weight.layout.their_shape(each)
+            for name in names:
+                wanted[name] = (*shape[:-1], shape[-1] * weight.part[1])
+        wrong = []
+        for name, shape in wanted.items():
+            if name not in self._stored:
+                wrong.append(f"{name}: expected {list(shape)}, found nothing")
+                continue
+            found = self.weights.shape(self._stored[name])
+            dtype = self.weights.dtype(self._stored[name])
+            if found != shape:
+                wrong.append(f"{name}: expected {list(shape)}, found {list(found)}")
+            elif not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+                wrong.append(f"{name}: expected 16- or 32-bit floating point, found {dtype}")
+        tied = ("lm_head.weight",) if self.model.tied_head else ()
+        known = (*self.family.ignored, *tied)
+        for name in self._stored.keys() - wanted.keys():
+            if not any(part in name for part in known):
+                found = list(self.weights.shape(self._stored[name]))
+                wrong.append(f"{name}: expected nothing, found {found}")
+        if wrong:
+            more = f"\n  and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
+            raise UserError(
+                f"{self.path}: its tensors are not those of the {self.family.model_type} model that"
+                " its config.json describes:\n  " + "\n  ".join(sorted(wrong)[:_LISTED]) + more
+            )
+
+    def read(self, weight: Weight, name: str, shape: Shape) -> np.ndarray:
+        """One of our arrays, of the dtype on disk; a view where the layout allows."""
+        x = self.weights.read(self._stored[name])
+        index, parts = weight.part
+        if parts > 1:
+            width = x.shape[-1] // parts
+            x = x[..., index * width : (index + 1) * width]
+        return weight.layout.read(x, shape)
+
+
+def _modern(name: str) -> str:
+    """A norm's scale and bias were gamma and beta in the first exports from TensorFlow."""
+    for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
