@@ -52,7 +52,9 @@ def save_pretrained(
     if any(map(lora.is_adapter, parameters)):
         raise ValueError("adapters have no place in a published model: merge them first")
     chosen = choose_family(model)
-    ids = {key: i for key, i in (token_ids or {}).items() if key not in chosen.only}
+    # Said even where there is none: Transformers' own defaults are of another tokenizer.
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | (token_ids or {})
+    ids = {key: i for key, i in ids.items() if key not in chosen.only}
     config = write_config(chosen, model) | ids | {"dtype": dtype}
     tensors = _tensors(chosen, model, {name: x.shape for name, x in parameters.items()})
     if first := jax.process_index() == 0:

@@ -75,7 +75,7 @@ SAME = Layout(lambda ours: ours, lambda x, ours: x, lambda x: x)
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One of our parameters and the tensor that holds it.
+    """One of our parameters and the tensor that holds it; of several, the last is read.
 
     Attributes:
       ours: its dotted name; 'blocks.…' are stacked over the layers.

@@ -100,7 +100,11 @@ def _head(model: ModelConfig, dense: str, norm: str, bias: str, weight: str) -> 
         return []
     out = [*_dense("head_dense", dense), *_norm("head_norm", norm)]
     out.append(Weight("head_bias", bias, SAME))
-    return out if model.tied_head else [*out, Weight("head", weight, linear())]
+    if not model.tied_head:
+        # The bias beside the weight is another one then, and it is the one that counts.
+        out.append(Weight("head_bias", weight.replace(".weight", ".bias"), SAME))
+        out.append(Weight("head", weight, linear()))
+    return out
 
 
 def _read(hf: Json, unused_rows: int = 0) -> Json:
