@@ -8,7 +8,15 @@ import numpy as np
 
 from lm_jax.config import DataConfig
 from lm_jax.data import packing
-from lm_jax.data.packing import Batch, Block, Encode, FlatText, Row
+from lm_jax.data.packing import (
+    Batch,
+    Block,
+    Encode,
+    FlatText,
+    Row,
+    least_tokens,
+    targets_ahead,
+)
 from lm_jax.data.sources import documents
 from lm_jax.data.tokenizer import golden_order
 from lm_jax.data.tokenizer_base import Tokenizer
@@ -81,14 +89,14 @@ def _batches(
         count += 1
     if count == 0 and max_batches != 0:
         raise UserError(
-            "the validation split has no document of two tokens or more: look at data.sources and "
-            "data.validation_sources, or raise data.validation_fraction"
+            f"the validation split has no document of {least_tokens(targets_ahead(config))}: look"
+            " at data.sources and data.validation_sources, or raise data.validation_fraction"
         )
 
 
 def _windows(text: FlatText, limit: int | None) -> Iterator[Row]:
     """Windows of the whole text one after the other, or `limit` of them at equal distances."""
-    total = -(-(len(text) - 1) // text.length)
+    total = -(-text.targets // text.length)
     count = total if limit is None else min(limit, total)
     return (text.window(i * total // count * text.length) for i in range(count))
 
@@ -97,9 +105,9 @@ def _packed(
     found: Sequence[str], tokenizer: Tokenizer, config: DataConfig, limit: int | None
 ) -> Iterator[Row]:
     if limit is None:
-        encode = Encode(tokenizer, packing.longest_piece(config), len(found))
+        encode = Encode(tokenizer, config, len(found), longest=packing.longest_piece(config))
         return iter(packing.pack(_Pieces(lambda: _in_order(found, encode)), config, seed=None))
-    encode = Encode(tokenizer, config.length, len(found))
+    encode = Encode(tokenizer, config, len(found), longest=config.length)
     return iter(packing.pack(_Pieces(lambda: _spread(found, encode)), config, seed=None))
 
 

@@ -85,7 +85,7 @@ class PackedLanes:
         mixed = grain.MapDataset.mix(parts, config.weights) if config.weights else parts[0]
         texts = mixed.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         total = sum(len(s) for s in self.sources)
-        encode = Encode(self.tokenizer, packing.longest_piece(config), total)
+        encode = Encode(self.tokenizer, config, total, longest=packing.longest_piece(config))
         pieces = grain.experimental.FlatMapIterDataset(texts, encode)
         seed = self.seeds[-1] if config.shuffle else None
         return iter(packing.pack(pieces, config, seed=seed))
@@ -97,10 +97,11 @@ class CropLanes:
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, seed: int):
         self.config, self.seed = config, seed
         self.text = FlatText(documents(config, "train"), tokenizer, config)
-        if len(self.text) <= config.length:
+        if self.text.targets < config.length:
             raise UserError(
-                f"data.length: the training text has {len(self.text)} tokens, and packing 'crop' "
-                f"needs more than data.length = {config.length}"
+                f"data.length: the training text has {len(self.text.tokens)} tokens, and packing"
+                f" 'crop' needs at least {config.length + self.text.ahead} for data.length ="
+                f" {config.length}"
             )
 
     def __call__(self, lane: int) -> CropLane:
@@ -118,6 +119,8 @@ class Stream(Iterator[Batch]):
       segments: int32, 1.. for each piece of a document in the row, 0 for padding
       positions: int32, from 0 within each segment
       weights: float32, 1 at each real target, 0 at padding
+
+    With objective 'masked' a target is the input itself, until the train step masks some.
 
     With finite epochs the lanes end at different times; an ended lane gives rows of padding. When
     every lane of a lone process has ended, iteration stops. One of several processes cannot see the

@@ -4,6 +4,11 @@ A document becomes its tokens, [bos] + ids + [eos]; its tokens become pairs (inp
 token with the one after it; pairs are packed into rows of `length`. As each pair brings its own
 target, a document may be cut anywhere and each token after its first is a target exactly once.
 
+With objective 'masked' each token is paired with itself, and which of them are masked, and count,
+is drawn later, in the train step. 'first_fit' then gives each piece of a document ends of its own,
+so that every segment of a row is a whole [CLS] ... [SEP]; the other packings cut one stream of
+[bos] + ids + [eos] anywhere.
+
 Shapes: P pairs of a document or piece, T pairs of a row (`DataConfig.length`), B rows of a block.
 """
 
@@ -32,10 +37,18 @@ def with_ends(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
     return np.concatenate([np.array(front, np.int32), ids, np.array(back, np.int32)])
 
 
-def as_pairs(tokens: np.ndarray) -> np.ndarray:
-    """Each token but the last with the one after it: a view [len(tokens) - 1, 2]."""
-    if len(tokens) < 2:
+def targets_ahead(config: DataConfig) -> int:
+    """How many tokens after an input its target stands: 1, or 0 where the target is the input
+    itself before it was masked."""
+    return 0 if config.objective == "masked" else 1
+
+
+def as_pairs(tokens: np.ndarray, ahead: int) -> np.ndarray:
+    """Each token with the one `ahead` (0 or 1) after it: a view [len(tokens) - ahead, 2]."""
+    if len(tokens) <= ahead:
         return np.zeros((0, 2), np.int32)
+    if ahead == 0:
+        return np.broadcast_to(tokens[:, None], (len(tokens), 2))
     return np.lib.stride_tricks.sliding_window_view(tokens, 2)
 
 
@@ -48,21 +61,39 @@ class Encode(grain.experimental.FlatMapTransform):
 
     max_fan_out = 1 << 62  # Grain only asks where pieces are indexed, and here they are streamed
 
-    def __init__(self, tokenizer: Tokenizer, longest: int | None, documents: int):
+    def __init__(
+        self, tokenizer: Tokenizer, config: DataConfig, documents: int, *, longest: int | None
+    ):
         self.tokenizer, self.longest, self.documents = tokenizer, longest, documents
+        self.ahead = targets_ahead(config)
+        self.own_ends = config.objective == "masked" and config.packing == "first_fit"
         self.barren = 0  # documents without a target since the last one that had some
 
     def flat_map(self, element: str) -> list[Row]:
         ids = self.tokenizer.encode(element) if element else np.zeros(0, np.int32)
-        pairs_P2 = as_pairs(with_ends(self.tokenizer, ids)) if len(ids) else as_pairs(ids)
-        self.barren = 0 if len(pairs_P2) else self.barren + 1
+        pieces = self._pieces(ids) if len(ids) else []
+        self.barren = 0 if pieces else self.barren + 1
         if self.barren > self.documents:
             raise UserError(
-                "no document of the training split has two tokens or more, so there is nothing to "
-                "predict: look at data.sources, and at what data.on_error='skip' left out"
+                f"no document of the training split has {least_tokens(self.ahead)}, so there is"
+                " nothing to predict: look at data.sources, and at what data.on_error='skip' left"
+                " out"
             )
+        return [{PAIRS: pairs_P2} for pairs_P2 in pieces]
+
+    def _pieces(self, ids: np.ndarray) -> list[np.ndarray]:
+        if self.own_ends:
+            step = self.longest - len(with_ends(self.tokenizer, ids[:0]))
+            parts = [ids[i : i + step] for i in range(0, len(ids), step)]
+            return [as_pairs(with_ends(self.tokenizer, part), self.ahead) for part in parts]
+        pairs_P2 = as_pairs(with_ends(self.tokenizer, ids), self.ahead)
         step = self.longest or max(len(pairs_P2), 1)
-        return [{PAIRS: pairs_P2[i : i + step]} for i in range(0, len(pairs_P2), step)]
+        return [pairs_P2[i : i + step] for i in range(0, len(pairs_P2), step)]
+
+
+def least_tokens(ahead: int) -> str:
+    """What a document needs to have a target, for messages."""
+    return "two tokens or more" if ahead else "a token"
 
 
 def pack(pieces: grain.IterDataset, config: DataConfig, *, seed: int | None) -> grain.IterDataset:
@@ -128,7 +159,7 @@ class FlatText:
 
     Each begins with bos, if the tokenizer has one. Several are separated by eos, which belongs to
     the document that it opens. Where the tokenizer has no eos, the last token of a document has no
-    target, unless rows attend across.
+    target, unless rows attend across. With objective 'masked' each is [bos] + ids + [eos].
     """
 
     def __init__(self, documents: Sequence[str], tokenizer: Tokenizer, config: DataConfig):
@@ -136,29 +167,30 @@ class FlatText:
         several = len(documents) > 1
         eos = [] if tokenizer.eos_id is None or not several else [tokenizer.eos_id]
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]  # what a prompt begins with
+        self.length, self.ahead = config.length, targets_ahead(config)
         # Whether a pair may reach over the end of a document into the next.
-        self.crosses = bool(eos) or not several or config.attend_across_documents
+        self.crosses = bool(eos) or not several or config.attend_across_documents or not self.ahead
         parts, starts, total = [], [], 0
         for text in documents:
             ids = tokenizer.encode(text).astype(small) if text else np.zeros(0, small)
             if not len(ids):
                 continue
-            between = np.array([*(eos if parts else []), *bos], small)
+            if self.ahead:
+                ids = np.concatenate([np.array([*(eos if parts else []), *bos], small), ids])
+            else:
+                ids = with_ends(tokenizer, ids).astype(small)
             starts.append(total)
-            parts += [between, ids]
-            total += len(between) + len(ids)
+            parts.append(ids)
+            total += len(ids)
         self.tokens = np.concatenate(parts) if parts else np.zeros(0, small)
         self.starts = np.array(starts, np.int64)  # [documents]
-        self.length = config.length
-
-    def __len__(self) -> int:
-        return len(self.tokens)
+        self.targets = max(len(self.tokens) - self.ahead, 0)
 
     def window(self, start: int) -> Row:
         """The row whose first input is token `start`; padded where the text ends."""
-        count = min(self.length, len(self.tokens) - 1 - start)
+        count = min(self.length, self.targets - start)
         pairs_T2 = np.zeros((self.length, 2), np.int32)
-        pairs_T2[:count] = as_pairs(self.tokens[start : start + count + 1])
+        pairs_T2[:count] = as_pairs(self.tokens[start : start + count + self.ahead], self.ahead)
         segments_T = np.zeros(self.length, np.int32)
         positions_T = np.zeros(self.length, np.int32)
         here = np.searchsorted(self.starts, [start, start + count], side="right")
@@ -187,7 +219,7 @@ class CropLane(Iterator):
         index = batch * self.batch_size + self.lane * self.rows + row
         draw = np.random.Generator(np.random.Philox(key=[self.seed, index]))
         self.next += 1
-        return self.text.window(int(draw.integers(len(self.text) - self.text.length)))
+        return self.text.window(int(draw.integers(self.text.targets - self.text.length + 1)))
 
     def get_state(self) -> dict[str, Any]:
         return {"next": self.next}
