@@ -8,6 +8,7 @@ file imports nothing heavy, so that `--help` stays fast.
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -143,6 +144,14 @@ class DataConfig:
     epochs: int | None = None  # None: as many as the steps need
     lanes: int | None = None  # independent streams; None: the largest divisor of batch_size to 16
     workers: int = resumable(0)  # processes that read ahead; 0 reads in a thread
+
+    @property
+    def predictions(self) -> int:
+        """Positions of a row that have a prediction: all, or with masks room for a share of them,
+        rounded up to a multiple of 8 as matrix units like it."""
+        if self.objective == "next_token":
+            return self.length
+        return min(self.length, -(-math.ceil(self.mask_rate * self.length) // 8) * 8)
 
 
 @dataclasses.dataclass
