@@ -118,6 +118,9 @@ class TokenizerConfig:
     train_bytes: int = 10_000_000  # text to learn from, spread evenly over the training documents
 
 
+LEAST_MASKED_LENGTH = 3  # tokens of a row: [CLS], one that can be masked, [SEP]
+
+
 @dataclasses.dataclass
 class DataConfig:
     """From text to packed rows."""

@@ -1,7 +1,7 @@
 """python -m lm_jax.evaluate --workdir=DIR [--source=PATH ...]
 
-Loss, perplexity and bits per byte of a text under a trained model; without a source, of the run's
-own validation split.
+Loss, perplexity, accuracy and bits per byte of a text under a trained model; without a source, of
+the run's own validation split. A masked language model is measured on masked tokens.
 """
 
 import json

@@ -20,6 +20,7 @@ _KIND = flags.DEFINE_enum("kind", _T.kind, ["sentencepiece", "bytes", "character
 _VOCAB = flags.DEFINE_integer("vocab_size", _T.vocab_size, "sentencepiece: pieces to learn")
 _ALGORITHM = flags.DEFINE_enum("algorithm", _T.algorithm, ["bpe", "unigram"], "sentencepiece: how")
 _BYTES = flags.DEFINE_integer("train_bytes", _T.train_bytes, "sentencepiece: text to learn from")
+_MASK = flags.DEFINE_bool("mask", False, "reserve a mask token, as masked language models need")
 _DOCUMENT = flags.DEFINE_enum(
     "document", _D.document, ["file", "paragraph", "line"], "what one document is in a text file"
 )
@@ -72,7 +73,7 @@ def _train(output: str) -> None:
 
     splits = {split: documents(data, split) for split in ("train", "validation")}
     sample = text_to_learn_from(tokenizer_config, splits.__getitem__)
-    tokenizer = train_tokenizer(tokenizer_config, sample)
+    tokenizer = train_tokenizer(tokenizer_config, sample, mask=_MASK.value)
     tokenizer.save(output)
 
     size = tokens = 0

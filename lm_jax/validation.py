@@ -2,7 +2,7 @@
 
 import math
 
-from lm_jax.config import Config, fits, walk
+from lm_jax.config import LEAST_MASKED_LENGTH, Config, fits, walk
 from lm_jax.errors import UserError
 
 
@@ -122,6 +122,20 @@ def _checks(config: Config):
         "model.vocab_size",
         f"must be at least 1, not {model.vocab_size}",
     )
+    masked = data.objective == "masked"
+    if not config.init_from:  # then the model is another than this
+        yield from objective_checks(config)
+    yield 0 < data.mask_rate < 1, "data.mask_rate", f"must be in (0, 1), not {data.mask_rate}"
+    yield (
+        masked or not data.mask_whole_words,
+        "data.mask_whole_words",
+        "nothing is masked unless data.objective is 'masked'",
+    )
+    yield (
+        not masked or data.length >= LEAST_MASKED_LENGTH,
+        "data.length",
+        f"masked rows have {LEAST_MASKED_LENGTH} tokens or more, not {data.length}",
+    )
     yield bool(data.sources), "data.sources", "name at least one file, folder, glob or data set"
     yield (
         not data.weights or len(data.weights) == len(data.sources),
@@ -184,9 +198,14 @@ def _checks(config: Config):
     )
     yield (
         training.loss_chunk is None
-        or (training.loss_chunk > 0 and data.length % training.loss_chunk == 0),
+        or (training.loss_chunk > 0 and data.predictions % training.loss_chunk == 0),
         "training.loss_chunk",
-        f"{training.loss_chunk} does not divide data.length = {data.length}",
+        f"{training.loss_chunk} does not divide "
+        + (
+            f"the {data.predictions} predictions of a row"
+            if masked
+            else f"data.length = {data.length}"
+        ),
     )
     above_0 = "optimizer.learning_rate optimizer.muon_learning_rate optimizer.epsilon"
     above_0 += " model.norm_epsilon model.init_std model.rope_theta model.rope_scaling.factor"
@@ -221,4 +240,23 @@ def _checks(config: Config):
         len(profile) == 0 or (len(profile) == 2 and 0 < profile[0] <= profile[1]),
         "logging.profile_steps",
         f"must be (first, last), not {profile}",
+    )
+
+
+def objective_checks(config: Config):
+    """Yields (holds, key, what to do): whether the model can learn what the data asks for."""
+    model, objective = config.model, config.data.objective
+    masked = objective == "masked"
+    yield (
+        model.causal != masked,
+        "model.causal",
+        "must be False for data.objective 'masked', whose tokens are told by both sides"
+        if masked
+        else "must be True for data.objective 'next_token': no token may see the next",
+    )
+    head = "masked_lm" if masked else "linear"
+    yield (
+        model.head == head,
+        "model.head",
+        f"must be '{head}' for data.objective '{objective}', not '{model.head}'",
     )

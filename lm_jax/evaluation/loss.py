@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of a text."""
+"""Loss, perplexity, accuracy and bits per byte of a text."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -12,25 +12,26 @@ from lm_jax.errors import UserError
 
 
 def evaluate_loss(
-    evaluate_batch: Callable[[Any], dict[str, jax.Array]],
+    evaluate_batch: Callable[[Any, int], dict[str, jax.Array]],
     batches: Iterable[Any],
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Sums over all batches, then divides once: batches of unequal size weigh by their tokens.
 
     Args:
-      evaluate_batch: batch -> sums `nll` (nats), `tokens` and `bytes`.
+      evaluate_batch: batch and its index -> sums `nll` (nats), `tokens`, `right` and `bytes`.
       on_batch: called with the number of batches dispatched so far.
 
     Returns:
-      loss: nats a token. perplexity: e^loss. bits_per_byte: the whole negative log-likelihood, ends
+      loss: nats a token. perplexity: e^loss. accuracy: the share of tokens whose most probable
+      candidate is right. bits_per_byte: the whole negative log-likelihood, ends
       of documents included, in bits over UTF-8 bytes of text; absent where the tokenizer cannot
-      tell bytes. tokens, bytes: what it was measured on.
+      tell bytes, and of masked tokens. tokens, bytes: what it was measured on.
     """
-    total = dict.fromkeys(("nll", "tokens", "bytes"), 0.0)
+    total = dict.fromkeys(("nll", "tokens", "right", "bytes"), 0.0)
     pending = None
     for i, batch in enumerate(batches):
-        sums = evaluate_batch(batch)
+        sums = evaluate_batch(batch, i)
         if pending is not None:
             _add(total, pending)  # read one batch late: the device does not wait
         pending = sums
@@ -39,7 +40,11 @@ def evaluate_loss(
     if pending is not None:
         _add(total, pending)
     loss = total["nll"] / total["tokens"] if total["tokens"] else math.nan
-    out = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    out = {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "accuracy": total["right"] / total["tokens"] if total["tokens"] else math.nan,
+    }
     if total["bytes"]:
         out["bits_per_byte"] = total["nll"] / math.log(2) / total["bytes"]
     return out | {"tokens": int(total["tokens"]), "bytes": int(total["bytes"])}

@@ -34,20 +34,30 @@ def matrix_parameters(config: ModelConfig) -> int:
     c = config
     attention = 2 * c.width * (c.heads + c.kv_heads) * c.head_width
     mlp = (3 if c.gated_mlp else 2) * c.width * c.mlp_width
-    head = 0 if c.head == "none" else c.width * c.vocab_size
-    dense = c.width**2 * ((c.head == "masked_lm") + c.pooler)
-    return c.layers * (attention + mlp) + head + dense
+    return c.layers * (attention + mlp) + _head_parameters(c) + c.width**2 * c.pooler
 
 
-def training_flops_per_token(config: ModelConfig, length: int) -> float:
-    """FLOPs, forward and backward, of a token in a row of `length` tokens."""
+def _head_parameters(c: ModelConfig) -> int:
+    dense = c.width**2 * (c.head == "masked_lm")
+    return 0 if c.head == "none" else c.width * c.vocab_size + dense
+
+
+def training_flops_per_token(
+    config: ModelConfig, length: int, predictions: int | None = None
+) -> float:
+    """FLOPs, forward and backward, of a token in a row of `length` tokens.
+
+    Args:
+      predictions: positions of a row that the head works for; None: all.
+    """
     c = config
     windows, kinds_L = layer_kinds(c)
     seen = 0.0  # keys, on average over the queries of a row, in all layers
     for kind in kinds_L:
         window = min(windows[kind] or length, length)
         seen += window - window**2 / (2 * length) if c.causal else length
-    return 6 * matrix_parameters(c) + 12 * c.heads * c.head_width * seen
+    idle = _head_parameters(c) * (1 - (predictions or length) / length)
+    return 6 * (matrix_parameters(c) - idle) + 12 * c.heads * c.head_width * seen
 
 
 def peak_flops(device_kind: str) -> float:

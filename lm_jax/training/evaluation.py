@@ -5,14 +5,16 @@ import os
 from typing import Any
 
 import jax
+import numpy as np
 
-from lm_jax.config import MeshConfig
+from lm_jax.config import LEAST_MASKED_LENGTH, MeshConfig
 from lm_jax.data.held_out import validation_batches
 from lm_jax.errors import UserError
 from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
 from lm_jax.model import parameters as params_lib
 from lm_jax.sharding.mesh import batch_shards, make_mesh, to_devices
 from lm_jax.training.checkpoint import Checkpoints, load_for_inference
+from lm_jax.training.masking import make_masking
 from lm_jax.training.metrics import progress_bar
 from lm_jax.training.step import make_step
 from lm_jax.training.workdir import read_config
@@ -26,7 +28,7 @@ def evaluate_workdir(
     max_batches: int | None = None,
     **data: Any,
 ) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte, as `evaluate_loss` gives them.
+    """Loss, perplexity, accuracy and bits per byte, as `evaluate_loss` gives them.
 
     Args:
       step: which checkpoint; None: the newest.
@@ -46,16 +48,18 @@ def evaluate_workdir(
         step = checkpoints.choose(step)
     model, config, tokenizer = load_for_inference(workdir, mesh, step)
     config.data = dataclasses.replace(config.data, **data)
-    if not 0 < config.data.length <= config.model.max_length:
+    least = LEAST_MASKED_LENGTH if config.data.objective == "masked" else 1
+    if not least <= config.data.length <= config.model.max_length:
         raise UserError(
-            f"--length: must be from 1 to the model's {config.model.max_length},"
+            f"--length: must be from {least} to the model's {config.model.max_length},"
             f" not {config.data.length}"
         )
     rows, shards = batch_size or config.training.evaluate_batch_size, batch_shards(mesh)
     rows = -(-rows // shards) * shards
     config.data.batch_size, config.training.accumulation = rows, 1
     config.training.loss_chunk = None
-    evaluate = jax.jit(make_step(config, shards).evaluate)
+    masking = make_masking(config.data, tokenizer, config.model.vocab_size)
+    evaluate = jax.jit(make_step(config, shards, masking).evaluate)
     sources = config.data.validation_sources or config.data.sources
     with jax.set_mesh(mesh), progress_bar("batches") as count:
         lengths = to_devices(byte_lengths(tokenizer, config.model.vocab_size), mesh)
@@ -71,6 +75,10 @@ def evaluate_workdir(
                 f"{e}\n(the run's own text, by the paths it was trained with; --source names other)"
             ) from None
         values = evaluate_loss(
-            lambda batch: evaluate(parameters, to_devices(batch, mesh), lengths), batches, count
+            lambda batch, i: evaluate(
+                parameters, to_devices(batch, mesh), to_devices(np.int32(i), mesh), lengths
+            ),
+            batches,
+            count,
         )
     return {"workdir": os.path.abspath(workdir), "step": step, "sources": sources} | values

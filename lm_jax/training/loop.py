@@ -34,10 +34,12 @@ from lm_jax.model.parameters import Parameters
 from lm_jax.sharding.mesh import batch_shards, make_mesh, to_devices
 from lm_jax.training import workdir as workdir_lib
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
+from lm_jax.training.masking import make_masking
 from lm_jax.training.metrics import Metrics, Stopwatch, speed
 from lm_jax.training.optimizer import check_rules
 from lm_jax.training.signals import StopSignal
 from lm_jax.training.step import Step, TrainState, make_step, skeleton_of
+from lm_jax.validation import objective_checks
 
 _SAMPLING = Sampling(temperature=0.8, top_k=40)  # of the samples that a run prints
 
@@ -81,8 +83,9 @@ def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> int:
 
 
 def _check_batch(config: Config, shards: int) -> None:
-    if not config.model.causal:
-        raise UserError("model.causal = False sees the tokens that this training asks for")
+    for holds, key, why in objective_checks(config):
+        if not holds:  # of a model that came with `init_from`, say
+            raise UserError(f"{key}: {why}")
     if shards % jax.process_count():
         raise UserError(
             f"mesh: data x fsdp = {shards} do not divide over {jax.process_count()} processes, and"
@@ -114,10 +117,14 @@ class _Run:
     ):
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.tokenizer, self.stream, self.checkpoints = tokenizer, stream, checkpoints
-        self.step: Step = make_step(config, batch_shards(mesh))
+        masking = make_masking(config.data, tokenizer, config.model.vocab_size)
+        self.step: Step = make_step(config, batch_shards(mesh), masking)
         self.train_step = jax.jit(self.step.train, donate_argnums=0)
         self.evaluate_step = jax.jit(self.step.evaluate)
         self.byte_lengths = to_devices(byte_lengths(tokenizer, config.model.vocab_size), mesh)
+        self.flops_per_token = training_flops_per_token(
+            config.model, config.data.length, config.data.predictions
+        )
         self.watch, self.saved_at, self.evaluated_at = Stopwatch(), -1, -1
         self.tracing, self.finite = False, True
         self.tokens = self.tokens_logged = 0.0  # real targets dispatched, and those of logged steps
@@ -295,7 +302,7 @@ class _Run:
         note = f"first step in {seconds:.1f} s, compilation included"
         if step > self.start + 1:  # of the first, the time says nothing about the next
             rate = (tokens - self.tokens_logged) / seconds
-            flops = rate * training_flops_per_token(self.config.model, self.config.data.length)
+            flops = rate * self.flops_per_token
             values |= {"tokens_per_second": rate, "model_flops_per_second": flops}
             peak = peak_flops(self.mesh.devices.flat[0].device_kind) * self.mesh.size
             if not math.isnan(peak):
@@ -316,8 +323,11 @@ class _Run:
             **_this_process(),
         )
         values = evaluate_loss(
-            lambda batch: self.evaluate_step(
-                state.parameters, to_devices(batch, self.mesh), self.byte_lengths
+            lambda batch, i: self.evaluate_step(
+                state.parameters,
+                to_devices(batch, self.mesh),
+                to_devices(np.int32(i), self.mesh),
+                self.byte_lengths,
             ),
             itertools.takewhile(lambda _: not self._stop_now(), batches),
         )
@@ -328,6 +338,8 @@ class _Run:
         parts = [f"validation loss {values['loss']:.4f}", f"perplexity {values['perplexity']:.2f}"]
         if "bits_per_byte" in values:
             parts.append(f"{values['bits_per_byte']:.3f} bits per byte")
+        if self.step.masking is not None:
+            parts.append(f"{values['accuracy']:.1%} of the masked tokens right")
         self.metrics.say(f"step {step}: " + ", ".join(parts))
 
     def _stop_now(self) -> bool:

@@ -21,10 +21,11 @@ class LossSums(NamedTuple):
     nll: jax.Array  # negative log-likelihood, in nats
     z: jax.Array  # log(Z)^2
     weight: jax.Array  # positions
+    right: jax.Array  # positions whose target is the most probable id
 
     @classmethod
     def zero(cls) -> "LossSums":
-        return cls(*(jnp.zeros((), jnp.float32),) * 3)
+        return cls(*(jnp.zeros((), jnp.float32),) * 4)
 
 
 def chunk_length(length: int, rows: int, vocab: int) -> int:
@@ -43,7 +44,7 @@ def cross_entropy(
     *,
     chunk: int | None = None,
 ) -> LossSums:
-    """Weighted sums of -log p(target) and of log(Z)^2.
+    """Weighted sums of -log p(target), of log(Z)^2 and of right answers.
 
     With a chunk, logits exist for `chunk` positions of each row at a time and are computed again
     for the gradient, so that [B, T, V] is never held.
@@ -79,6 +80,7 @@ def _sums(x_BTD, head, targets_BT, weights_BT) -> LossSums:
         nll=jnp.sum((log_z_BT - target_BT) * weights_BT),
         z=jnp.sum(jnp.square(log_z_BT) * weights_BT),
         weight=jnp.sum(weights_BT),
+        right=jnp.sum((jnp.argmax(logits_BTV, axis=-1) == targets_BT) * weights_BT),
     )
 
 
@@ -90,13 +92,19 @@ def batch_loss(
     dropout_key: jax.Array | None = None,
 ) -> LossSums:
     """The sums for a batch of packed rows: int32 [B, T] `inputs`, `targets`, `segments` and
-    `positions`, float32 `weights`."""
+    `positions`, float32 `weights`.
+
+    With `predicted`, int32 [B, S], the head works for these positions of each row alone, and
+    `targets` and `weights` are [B, S], theirs.
+    """
     x_BTD, _ = model(
         batch["inputs"],
         positions_BT=batch["positions"],
         segments_BT=batch["segments"],
         dropout_key=dropout_key,
     )
+    if "predicted" in batch:
+        x_BTD = jnp.take_along_axis(x_BTD, batch["predicted"][:, :, None], axis=1)
     return cross_entropy(
         model.head_input(x_BTD),
         model.output_head(),

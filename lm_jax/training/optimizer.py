@@ -14,7 +14,10 @@ from lm_jax.model.parameters import Parameters
 _RULES: dict[str, tuple[bool, contrib.MuonDimensionNumbers | None]] = {
     "embedding": (True, None),
     "position_embedding": (True, None),
+    "type_embedding": (True, None),
     "head": (True, None),
+    "head_dense": (True, None),
+    "pooler": (True, None),
     "query": (True, contrib.MuonDimensionNumbers((-3,), (-2, -1))),
     "key": (True, contrib.MuonDimensionNumbers((-3,), (-2, -1))),
     "value": (True, contrib.MuonDimensionNumbers((-3,), (-2, -1))),
@@ -30,6 +33,9 @@ _RULES: dict[str, tuple[bool, contrib.MuonDimensionNumbers | None]] = {
     "up_bias": (False, None),
     "gate_bias": (False, None),
     "down_bias": (False, None),
+    "head_bias": (False, None),
+    "head_dense_bias": (False, None),
+    "pooler_bias": (False, None),
     "bias": (False, None),
 }
 

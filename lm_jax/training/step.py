@@ -19,6 +19,7 @@ from lm_jax.model.parameters import Parameters
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, reshard
 from lm_jax.training.loss import LossSums, batch_loss, chunk_length
+from lm_jax.training.masking import Masking
 from lm_jax.training.optimizer import make_optimizer, make_schedule
 
 
@@ -39,6 +40,7 @@ class Step:
     accumulation: int
     z_loss: float
     chunk: int | None
+    masking: Masking | None = None  # None: the next token is predicted
 
     def init(self) -> TrainState:
         """A fresh state; a function of the seed alone, whatever the mesh."""
@@ -52,8 +54,13 @@ class Step:
     def train(
         self, state: TrainState, batch: dict[str, jax.Array]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update. The dropout of a step depends on (seed, step) alone."""
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), 1), state.step)
+        """One update. The dropout and the masks of a step depend on (seed, step) alone."""
+        key, masking_key = (
+            jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), use), state.step)
+            for use in (1, 2)
+        )
+        if self.masking is not None:  # of the whole batch, however it is split
+            batch = self.masking(batch, masking_key)
         tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
 
         def loss(parameters, micro_batch, key):
@@ -111,10 +118,23 @@ class Step:
         return jax.tree.map(split, batch)
 
     def evaluate(
-        self, parameters: Parameters, batch: dict[str, jax.Array], byte_lengths: jax.Array
+        self,
+        parameters: Parameters,
+        batch: dict[str, jax.Array],
+        index: jax.Array,
+        byte_lengths: jax.Array,
     ) -> dict[str, jax.Array]:
-        """Sums over a batch, float32: `nll` in nats, `tokens`, and `bytes` of text predicted."""
+        """Sums over a batch, float32: `nll` in nats, `tokens` predicted, those of them `right`, and
+        the `bytes` of text that the nats are about; 0 for masks, which leave most of it out.
+
+        Args:
+          index: the batch's place in the evaluation, int32. Masks depend on it (and on the shape of
+            the batch) alone, so that evaluations are of the same masks whatever the run.
+        """
         model = params_lib.bind(self.skeleton, parameters)
+        if self.masking is not None:
+            batch = self.masking(batch, jax.random.fold_in(jax.random.key(0), index))
+            byte_lengths = jnp.zeros_like(byte_lengths)
         sums = batch_loss(model, batch, chunk=self.chunk)
         counted = byte_lengths.at[batch["targets"]].get(
             out_sharding=activation_spec("batch", "length")
@@ -122,6 +142,7 @@ class Step:
         return {
             "nll": sums.nll,
             "tokens": sums.weight,
+            "right": sums.right,
             "bytes": jnp.sum(counted.astype(jnp.float32) * batch["weights"]),
         }
 
@@ -131,15 +152,18 @@ def skeleton_of(config: ModelConfig) -> Transformer:
     return jax.eval_shape(functools.partial(Transformer, config), jax.random.key(0))
 
 
-def make_step(config: Config, batch_shards: int = 1) -> Step:
+def make_step(config: Config, batch_shards: int = 1, masking: Masking | None = None) -> Step:
     """The step of a validated config whose `model.vocab_size` is set.
 
     Args:
       batch_shards: devices that the rows of a batch are spread over.
+      masking: with objective 'masked', what `make_masking` gives.
     """
+    if (masking is None) != (config.data.objective == "next_token"):
+        raise ValueError(f"objective {config.data.objective!r} with masking = {masking}")
     training, rows = config.training, config.data.batch_size // config.training.accumulation
     chunk = training.loss_chunk or chunk_length(
-        config.data.length, max(1, rows // batch_shards), config.model.vocab_size
+        config.data.predictions, max(1, rows // batch_shards), config.model.vocab_size
     )
     return Step(
         skeleton=skeleton_of(config.model),
@@ -149,4 +173,5 @@ def make_step(config: Config, batch_shards: int = 1) -> Step:
         accumulation=training.accumulation,
         z_loss=training.z_loss,
         chunk=chunk,
+        masking=masking,
     )

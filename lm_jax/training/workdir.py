@@ -129,7 +129,7 @@ def obtain_tokenizer(workdir: str, config: Config) -> Tokenizer:
         read_config(config.init_from)  # says so if there is no run there
         return load_tokenizer(os.path.join(config.init_from, "tokenizer"))
     text = text_to_learn_from(config.tokenizer, functools.partial(documents, config.data))
-    return train_tokenizer(config.tokenizer, text)
+    return train_tokenizer(config.tokenizer, text, mask=config.data.objective == "masked")
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:

@@ -32,6 +32,8 @@ KINDS = {
     "concatenate": {"packing": "concatenate"},
     "crop": {"packing": "crop", "epochs": None},
     "mixture": {"weights": (0.75, 0.25), "epochs": None},
+    "masked": {"objective": "masked"},
+    "masked, crop": {"objective": "masked", "packing": "crop", "epochs": None},
 }
 
 

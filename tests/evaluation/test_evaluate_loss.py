@@ -9,16 +9,21 @@ from lm_jax.errors import UserError
 from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
 
 
-def evaluate(*sums: tuple[float, float, float], **options) -> dict[str, float]:
-    def run(batch):
-        return dict(zip(("nll", "tokens", "bytes"), map(jnp.float32, batch)))
+def evaluate(*sums: tuple[float, ...], **options) -> dict[str, float]:
+    """Of batches of given nll, tokens, bytes and right answers (0 where left out)."""
+
+    def run(batch, index):
+        assert sums[index] is batch
+        batch = (*batch, 0.0)[:4]
+        return dict(zip(("nll", "tokens", "bytes", "right"), map(jnp.float32, batch)))
 
     return evaluate_loss(run, sums, **options)
 
 
 def test_batches_weigh_by_their_tokens():
     """By hand: 10 tokens at 1 nat and 90 at 3 nats are 100 at 2.8, and not at 2."""
-    got = evaluate((10.0, 10, 40), (270.0, 90, 360))
+    got = evaluate((10.0, 10, 40, 10), (270.0, 90, 360, 0))
+    assert got["accuracy"] == pytest.approx(0.1)
     assert got["loss"] == pytest.approx(2.8)
     assert got["perplexity"] == pytest.approx(math.exp(2.8))
     # 280 nats are 280 / ln 2 = 403.95 bits, over 400 bytes.

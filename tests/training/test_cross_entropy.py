@@ -14,23 +14,27 @@ B, D = 4, 16
 
 @pytest.fixture(scope="module")
 def inputs():
-    """Hidden states, head, targets and weights; a quarter of the positions does not count."""
+    """Hidden states, head, targets and weights; a quarter of the positions does not count, and a
+    third of the targets is what the scores say."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((B, T, D)).astype(np.float32)
     head = rng.standard_normal((D, V)).astype(np.float32)
     weights = (rng.random((B, T)) < 0.75).astype(np.float32)
-    return x, head, rng.integers(0, V, (B, T), dtype=np.int32), weights
+    targets = rng.integers(0, V, (B, T), dtype=np.int32)
+    targets = np.where(rng.random((B, T)) < 1 / 3, (x @ head).argmax(-1), targets)
+    return x, head, targets.astype(np.int32), weights
 
 
-def reference(x, head, targets, weights) -> tuple[float, float, float]:
-    """(nll, z, weight) in float64, a position at a time."""
-    nll = z = 0.0
+def reference(x, head, targets, weights) -> tuple[float, float, float, float]:
+    """(nll, z, weight, right) in float64, a position at a time."""
+    nll = z = right = 0.0
     for b, t in np.ndindex(targets.shape):
         logits = x[b, t].astype(np.float64) @ head.astype(np.float64)
         log_z = np.log(np.sum(np.exp(logits - logits.max()))) + logits.max()
         nll += weights[b, t] * (log_z - logits[targets[b, t]])
         z += weights[b, t] * log_z**2
-    return nll, z, float(weights.sum())
+        right += weights[b, t] * (logits.argmax() == targets[b, t])
+    return nll, z, float(weights.sum()), right
 
 
 @quick_jit

@@ -144,11 +144,13 @@ def test_evaluation_sums_nats_tokens_and_bytes():
     step = make_step(run_config(LLAMA))
     model, batch = build(LLAMA), packed_batch(seed=3)
     byte_lengths = np.random.default_rng(0).integers(0, 9, V, dtype=np.int32)
-    got = quick_jit(step.evaluate)(params_lib.split(model), batch, byte_lengths)
+    got = quick_jit(step.evaluate)(params_lib.split(model), batch, 0, byte_lengths)
     weights = batch["weights"]
     np.testing.assert_allclose(got["nll"], (reference_nll(model, batch)[0] * weights).sum(),
                                rtol=1e-5)  # fmt: skip
     assert got["tokens"] == weights.sum()
+    right = np.asarray(_logits(model, batch)).argmax(-1) == batch["targets"]
+    assert got["right"] == (right * weights).sum() > 0
     assert got["bytes"] == (byte_lengths[batch["targets"]] * weights).sum()
 
 
