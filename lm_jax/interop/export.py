@@ -95,16 +95,23 @@ def _tensors(
 
 def _on_host(x: jax.Array, layer: int | None, dtype: str) -> np.ndarray:
     """One layer of a parameter, or all of it; rounded on the device, so that less is moved."""
-    return np.asarray(_whole(x, layer, dtype).addressable_data(0))
+    if jax.process_count() == 1:
+        if layer is None and x.dtype == dtype:
+            return np.asarray(x)
+        return np.asarray(_part(x, layer, dtype, False))  # put together from the devices' parts
+    return np.asarray(_part(x, layer, dtype, True).addressable_data(0))
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _whole(x: jax.Array, layer: jax.Array | None, dtype: str) -> jax.Array:
-    """On every device, and so on every host."""
+@functools.partial(jax.jit, static_argnames=("dtype", "everywhere"))
+def _part(x: jax.Array, layer: jax.Array | None, dtype: str, everywhere: bool) -> jax.Array:
+    """
+    Args:
+      everywhere: whole on every device, and so on every host.
+    """
     if layer is not None:
         x = jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
-    everywhere = P(*[None] * x.ndim) if not jax.sharding.get_abstract_mesh().empty else None
-    return reshard(x, everywhere).astype(dtype)
+    x = x.astype(dtype)
+    return reshard(x, P(*[None] * x.ndim)) if everywhere else x
 
 
 def _write_json(folder: str, name: str, values: Json) -> None:
