@@ -31,8 +31,7 @@ PAIRS, SEGMENTS, POSITIONS = "pairs", "pairs_segment_ids", "pairs_positions"  # 
 
 def with_ends(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
     """[bos] + ids + [eos] as int32; eos stands in for a missing bos, as for GPT-2."""
-    bos = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    front = [] if bos is None else [bos]
+    front = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
     back = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     return np.concatenate([np.array(front, np.int32), ids, np.array(back, np.int32)])
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lm_jax.config import TokenizerConfig
+from lm_jax.data import tokenizer_families as families
 from lm_jax.data import tokenizer_published as published
 from lm_jax.data import tokenizer_sentencepiece as sentencepiece
 from lm_jax.data.tokenizer_base import (
@@ -123,8 +124,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
-      path: a folder that `Tokenizer.save` wrote; a SentencePiece `.model`; a Hugging Face
-        `tokenizer.json`; or a folder that holds one of these.
+      path: a folder that `Tokenizer.save` wrote; a published model's folder, which is read as
+        Transformers reads it (`tokenizer_families`); a SentencePiece `.model` or a `tokenizer.json`
+        by itself, read as it stands; or a folder that holds one `.model` and says no more.
 
     Raises:
       UserError: there is none, or it cannot be read.
@@ -152,8 +154,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _load_folder(folder: Path) -> Tokenizer:
     if (folder / META).exists():
         return _load_saved(folder)
-    if (folder / published.FILE).exists():
-        return published.read_tokenizer_json(folder / published.FILE)
+    if families.is_published(folder):
+        return families.read_folder(folder)
     models = sorted(folder.glob("*.model"))
     if len(models) == 1:
         return _read_model(models[0])
@@ -176,7 +178,7 @@ def _load_saved(folder: Path) -> Tokenizer:
             tokenizer = _read_model(folder / sentencepiece.FILE)
         elif kind == "huggingface":
             ids = (meta["bos_id"], meta["eos_id"], meta["pad_id"], meta.get("mask_id"))
-            tokenizer = published.read_tokenizer_json(folder / published.FILE, ids)
+            tokenizer = families.read_saved(folder, ids)
         else:
             raise UserError(f"{where}: no kind of tokenizer is called {kind!r}")
     except (ValueError, KeyError, TypeError):

@@ -33,6 +33,8 @@ class Tokenizer(abc.ABC):
         do not.
       mask_id: the id that stands in for a hidden token (BERT), or None. Like bos and eos it is
         never read out of text.
+      bos_before_text: whether a text to be continued begins with bos. Ours do, if they have one; a
+        published one does if its post-processor says so: Llama and Gemma, not GPT-2 and Qwen.
       specials: the name of each id that stands for no text.
       prefix_bytes: 1 where `encode` puts a space before the text, which `decode` takes off again
         (Llama 2), so that the byte counts of a text's ids add up to its own plus 1; else 0.
@@ -51,11 +53,13 @@ class Tokenizer(abc.ABC):
         mask_id: int | None = None,
         vocab_size: int | None = None,
         prefix_bytes: int = 0,
+        bos_before_text: bool | None = None,
     ):
         self._pieces = pieces  # None: what an id stands for depends on its neighbours
         self.vocab_size = len(pieces) if pieces is not None else vocab_size
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
         self.mask_id = mask_id
+        self.bos_before_text = bos_id is not None if bos_before_text is None else bos_before_text
         self.specials = dict(specials)
         self.prefix_bytes = prefix_bytes
 
@@ -67,6 +71,24 @@ class Tokenizer(abc.ABC):
           UserError: the text cannot be encoded: a lone surrogate, which has no UTF-8 form, or a
             character that a vocabulary of characters lacks. The message names its position.
         """
+
+    @property
+    def begin_id(self) -> int | None:
+        """What a document begins with: bos, or eos in place of a missing one, as for GPT-2."""
+        return self.eos_id if self.bos_id is None else self.bos_id
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """The ids of a text to be continued, int32[n].
+
+        A document that is learned from always begins with `begin_id`, so that a model knows how one
+        begins. A prompt begins with it where the tokenizer's own rule says so (`bos_before_text`),
+        as Transformers has it, whoever trained the model; and where it is empty, as there must be
+        something to continue.
+        """
+        ids = self.encode(text)
+        if self.begin_id is None or (len(ids) and not self.bos_before_text):
+            return ids
+        return np.concatenate([np.array([self.begin_id], np.int32), ids])
 
     @abc.abstractmethod
     def _definition(self) -> dict[str, bytes]:

@@ -2,12 +2,14 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from lm_jax.data import tokenizer_files as files
 from lm_jax.data.tokenizer_base import META, Stream, Tokenizer, utf8
 from lm_jax.errors import UserError
 
@@ -24,8 +26,13 @@ class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`. Its special tokens are never read out of text: '<|endoftext|>' in a
     document is spelled like any other word, so that no document can end itself.
 
+    Attributes:
+      companions: files that were beside it and have no part in encoding (`tokenizer_config.json`,
+        chat templates), by name. They are saved with it, so that an export has them again.
+
     Raises:
-      UserError: `definition` is no tokenizer, or an id is outside its vocabulary.
+      UserError: `definition` is no tokenizer, an id is outside its vocabulary, or its
+        post-processor puts several tokens in front of a text.
     """
 
     kind = "huggingface"
@@ -37,12 +44,21 @@ class HuggingFaceTokenizer(Tokenizer):
         eos_id: int | None = None,
         pad_id: int = 0,
         mask_id: int | None = None,
+        companions: Mapping[str, bytes] = MappingProxyType({}),
     ):
+        self.companions = dict(companions)
         self._json = definition
-        self._hf = tokenizer = _parse(definition)
+        self._hf = tokenizer = parse(definition)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # as text; the name reads otherwise
+        front = _front(json.loads(definition).get("post_processor"))
+        if len(front) > 1:
+            raise UserError(
+                f"its post-processor puts {len(front)} tokens in front of a text, and lm_jax puts"
+                " one or none"
+            )
+        bos_id = front[0] if front else bos_id
         names = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
         if not names:
             raise UserError("a tokenizer with an empty vocabulary")
@@ -68,6 +84,7 @@ class HuggingFaceTokenizer(Tokenizer):
             eos_id=eos_id,
             pad_id=pad_id,
             mask_id=mask_id,
+            bos_before_text=bool(front),
             specials={i: names[i] for i in sorted(special)},
             prefix_bytes=prefix_bytes,
         )
@@ -100,6 +117,17 @@ class HuggingFaceTokenizer(Tokenizer):
         starts[list(self.specials)] = True
         return starts
 
+    @property
+    def definition(self) -> str:
+        """The content of `tokenizer.json`."""
+        return self._json
+
+    def save(self, folder: str | Path) -> None:
+        super().save(folder)
+        for name, content in self.companions.items():
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
+            (Path(folder) / name).write_bytes(content)
+
     def _definition(self) -> dict[str, bytes]:
         ids = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
         if self.mask_id is not None:
@@ -108,7 +136,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __reduce__(self):
         ids = (self.bos_id, self.eos_id, self.pad_id, self.mask_id)
-        return HuggingFaceTokenizer, (self._json, *ids)
+        return HuggingFaceTokenizer, (self._json, *ids, self.companions)
 
 
 class _GrowingStream(Stream):
@@ -139,64 +167,60 @@ class _GrowingStream(Stream):
         return new
 
 
-def read_tokenizer_json(
-    path: Path, ids: tuple[int | None, int | None, int, int | None] | None = None
-) -> HuggingFaceTokenizer:
-    """Reads a `tokenizer.json`, and finds the ids of bos, eos, padding and mask where not given.
-
-    They are what tokenizer_config.json says, else special_tokens_map.json, both beside it, else the
-    first well-known name in the vocabulary. A token that one of them sets to null is none.
+def read_tokenizer_json(path: Path) -> HuggingFaceTokenizer:
+    """Reads a `tokenizer.json` as it stands; the files beside it say which tokens are special.
 
     Raises:
       UserError: a file is not what its name says.
     """
+    definition = json.dumps(files.read_definition(path), ensure_ascii=False)
+    config = files.read_object(path.with_name("tokenizer_config.json"))
+    if "added_tokens_decoder" not in config:  # Transformers reads older files only then
+        config |= files.read_object(path.with_name("special_tokens_map.json"))
+    return find_ids(path, definition, config)
+
+
+def find_ids(
+    path: Path,
+    definition: str,
+    config: dict[str, Any],
+    companions: Mapping[str, bytes] = MappingProxyType({}),
+) -> HuggingFaceTokenizer:
+    """Finds the ids of bos, eos, padding and mask: those that `config` names, else the first
+    well-known name in the vocabulary. A token that `config` sets to null is none.
+
+    Args:
+      path: the file that messages name.
+
+    Raises:
+      UserError: `definition` is no tokenizer, or a token that `config` names is not in it.
+    """
     try:
-        definition = path.read_text(encoding="utf-8")
-        json.loads(definition)
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: not JSON, so not a Hugging Face tokenizer") from None
-    try:
-        tokenizer = HuggingFaceTokenizer(definition, *(ids or ()))
+        known_ids = parse(definition).get_vocab(with_added_tokens=True)
+
+        def find(keys: tuple[str, ...], known: tuple[str, ...]) -> int | None:
+            if stated := [config[key] for key in keys if key in config]:
+                tokens = map(files.content, stated)
+                token = next((token for token in tokens if token is not None), None)
+                if token is not None and token not in known_ids:
+                    raise UserError(
+                        f"'{token}', its {keys[0]} by the files beside it, is not in the vocabulary"
+                    )
+                return known_ids.get(token)
+            return next((known_ids[name] for name in known if name in known_ids), None)
+
+        bos = find(("bos_token", "cls_token"), _BOS)
+        eos = find(("eos_token", "sep_token"), _EOS)
+        pad = find(("pad_token",), _PAD)
+        pad = next((i for i in (pad, eos, bos) if i is not None), 0)
+        mask = find(("mask_token",), _MASK)
+        return HuggingFaceTokenizer(definition, bos, eos, pad, mask, companions)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
-    if ids:
-        return tokenizer
-    config = _beside(path, "special_tokens_map.json") | _beside(path, "tokenizer_config.json")
-    known_ids = {name: i for i, name in tokenizer._names.items()}
-
-    def find(keys: tuple[str, ...], known: tuple[str, ...]) -> int | None:
-        if stated := [config[key] for key in keys if key in config]:
-            token = next((value for value in stated if value is not None), None)
-            token = token.get("content") if isinstance(token, dict) else token
-            if token is not None and token not in known_ids:
-                raise UserError(
-                    f"{path}: '{token}', its {keys[0]} by the files beside it, is not in the"
-                    " vocabulary"
-                )
-            return known_ids.get(token)
-        return next((known_ids[name] for name in known if name in known_ids), None)
-
-    bos = find(("bos_token", "cls_token"), _BOS)
-    eos = find(("eos_token", "sep_token"), _EOS)
-    pad = find(("pad_token",), _PAD)
-    pad = next((i for i in (pad, eos, bos) if i is not None), 0)
-    return HuggingFaceTokenizer(definition, bos, eos, pad, find(("mask_token",), _MASK))
 
 
-def _beside(path: Path, name: str) -> dict[str, Any]:
-    path = path.with_name(name)
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return content
-
-
-def _parse(definition: str):
+def parse(definition: str) -> Any:
+    """A tokenizer of the `tokenizers` library."""
     import tokenizers
 
     try:
@@ -204,6 +228,22 @@ def _parse(definition: str):
     except Exception as e:  # the library raises Exception itself
         reason = str(e).splitlines()[0] if str(e) else repr(e)
         raise UserError(f"not a tokenizer that the 'tokenizers' library can read: {reason}") from e
+
+
+def _front(processor: dict[str, Any] | None) -> list[int]:
+    """The ids that a post-processor puts in front of a text."""
+    if processor is None or processor["type"] == "ByteLevel":
+        return []
+    if processor["type"] == "Sequence":
+        return [i for step in reversed(processor["processors"]) for i in _front(step)]
+    if processor["type"] in ("BertProcessing", "RobertaProcessing"):
+        return [processor["cls"][1]]
+    front: list[int] = []  # TemplateProcessing
+    for item in processor["single"]:
+        if "Sequence" in item:
+            break
+        front += processor["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+    return front
 
 
 def _decoder(decoder: Any) -> tuple[Callable[[str, bool], bytes] | None, int]:

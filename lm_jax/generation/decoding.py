@@ -137,16 +137,13 @@ class Generator:
     def _row(
         self, index: int, prompt: str, count: int, max_tokens: int, stop: Sequence[str]
     ) -> "_Row":
-        """A prompt as ids, with the token that begins a document before it."""
+        """A prompt as ids, with what the tokenizer puts before it."""
         which = f"prompt {index + 1} of {count}" if count > 1 else "the prompt"
         t, limit = self.tokenizer, self.model.config.max_length
         try:
-            ids = t.encode(prompt)
+            ids = t.encode_prompt(prompt)
         except UserError as e:
             raise UserError(f"{which}: {e}") from None
-        begin = t.bos_id if t.bos_id is not None else t.eos_id  # GPT-2 begins with its eos
-        if begin is not None:
-            ids = np.concatenate([[begin], ids])
         if not len(ids):
             raise UserError(
                 f"{which} is empty, and this tokenizer has no token that begins a text: give some"

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 
 from lm_jax.config import DataConfig
+from lm_jax.data.tokenizer_base import Tokenizer
 from lm_jax.errors import UserError
 
 
@@ -19,6 +20,7 @@ class NumbersTokenizer:
     """
 
     vocab_size = 1 << 20
+    begin_id = Tokenizer.begin_id
 
     def __init__(self, bos_id=None, eos_id=None, pad_id=0):
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id

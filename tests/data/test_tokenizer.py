@@ -326,11 +326,17 @@ def test_the_files_beside_say_which_specials(tmp_path):
     assert load_tokenizer(tmp_path).eos_id == 1
     stated = {"bos_token": None, "eos_token": {"content": "<unk>", "lstrip": False}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(stated))
-    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 0)
+    assert load_tokenizer(tmp_path).eos_id == 1  # an older tokenizer's: the map counts
+    stated["added_tokens_decoder"] = {"0": {"content": "<unk>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(stated))
+    for place in (tmp_path, tmp_path / "tokenizer.json"):
+        tokenizer = load_tokenizer(place)
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 0)
+    (tmp_path / "special_tokens_map.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<nowhere>"}))
     with pytest.raises(UserError, match="<nowhere>"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path / "tokenizer.json")
+    assert load_tokenizer(tmp_path).specials[400] == "<nowhere>"  # Transformers adds it
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(UserError, match=r"tokenizer_config\.json: not a JSON object"):
         load_tokenizer(tmp_path)
@@ -425,9 +431,9 @@ def test_files_that_are_no_tokenizers(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(UserError, match=r"notes\.txt: not a tokenizer"):
         load_tokenizer(tmp_path / "notes.txt")
-    for content, message in ((b"\xff", "not JSON"), (b"[]", "can read"), (b"{}", "can read")):
+    for content, message in ((b"\xff", "not UTF-8"), (b"[]", "can read"), (b"{}", "can read")):
         (tmp_path / "tokenizer.json").write_bytes(content)
-        with pytest.raises(UserError, match=rf"tokenizer\.json: .*{message}"):
+        with pytest.raises(UserError, match=rf"tokenizer\.json:.*{message}"):
             load_tokenizer(tmp_path)
 
 

@@ -211,12 +211,15 @@ def test_generation_ends_at_the_longest_sequence_of_the_model(model, tokenizer):
 
 
 def test_the_token_before_a_prompt(gpt2):
-    def tokens(prompt: str, bos: int | None, eos: int | None):
-        generator = Generator(gpt2, LetterTokenizer(bos_id=bos, eos_id=eos))
+    def tokens(prompt: str, bos: int | None, eos: int | None, before: bool | None = None):
+        tokenizer = LetterTokenizer(bos_id=bos, eos_id=eos, bos_before_text=before)
+        generator = Generator(gpt2, tokenizer)
         return generator.generate([prompt], max_tokens=5, sampling=GREEDY)[0].tokens
 
-    assert tokens("ca", None, 98) == tokens("ca", 98, None)  # eos, where there is no bos
     assert tokens("ca", 98, 99) != tokens("ca", 97, 99)
+    assert tokens("ca", 98, 99, False) == tokens("ca", 97, 99, False) == tokens("ca", None, 99)
+    assert tokens("", 98, 99, False) == tokens("", 98, 99) != tokens("", 97, 99, False)
+    assert tokens("", None, 98) == tokens("", 98, None)  # eos, where there is no bos
     assert tokens("ab", None, None) == tokens("", 26, None)  # nothing: 'ab' is id 26
     with pytest.raises(UserError, match="the prompt is empty"):
         tokens("", None, None)

@@ -1,46 +1,33 @@
 """Tiny models, and a tokenizer whose ids are readable."""
 
-import codecs
 import dataclasses
 
 import jax
 import numpy as np
 
 from lm_jax.config import Config, ModelConfig, RopeScaling
+from lm_jax.data.tokenizer_base import Tokenizer
 from lm_jax.model.transformer import Transformer
 from lm_jax.validation import validate
 
 
-class LetterTokenizer:
+class LetterTokenizer(Tokenizer):
     """Ids 0 to 99 are the pieces 'aa', 'ba', ... or what `pieces` says; ids above: no text."""
 
-    def __init__(self, vocab_size=100, bos_id=98, eos_id=99, pieces=()):
-        self.vocab_size, self.bos_id, self.eos_id, self.pad_id = vocab_size, bos_id, eos_id, 0
-        self._bytes = [f"{chr(97 + i % 26)}{chr(97 + i // 26)}".encode() for i in range(vocab_size)]
-        for i, piece in enumerate(pieces):
-            self._bytes[i] = piece
+    kind = "letters"
+
+    def __init__(self, vocab_size=100, bos_id=98, eos_id=99, pieces=(), bos_before_text=None):
+        table = [f"{chr(97 + i % 26)}{chr(97 + i // 26)}".encode() for i in range(vocab_size)]
+        table[: len(pieces)] = pieces
+        ids = {"bos_id": bos_id, "eos_id": eos_id, "pad_id": 0}
+        super().__init__(table, specials={}, bos_before_text=bos_before_text, **ids)
 
     def encode(self, text: str) -> np.ndarray:
         pairs = [text[i : i + 2].encode() for i in range(0, len(text), 2)]
-        return np.array([self._bytes.index(pair) for pair in pairs], np.int32)
+        return np.array([self._pieces.index(pair) for pair in pairs], np.int32)
 
-    def decode(self, ids) -> str:
-        return b"".join(self._bytes[i] for i in ids).decode(errors="replace")
-
-    def stream(self):
-        return _Stream(self._bytes)
-
-
-class _Stream:
-    def __init__(self, pieces):
-        self._pieces = pieces
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        return self._utf8.decode(self._pieces[token])
-
-    def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
+    def _definition(self) -> dict[str, bytes]:
+        return {}
 
 
 GPT2 = ModelConfig(

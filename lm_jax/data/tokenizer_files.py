@@ -1,0 +1,277 @@
+"""The files that published tokenizers come in: vocabularies, merges, and the tokens beside them."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_jax.errors import UserError
+
+SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
+SENTENCEPIECE = "tokenizer.model"
+EMPTY_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
+# Where a class looks for its vocabulary; any other class has a tokenizer.model.
+OWN_FILES: dict[str, tuple[str, ...]] = {
+    "GPT2Tokenizer": ("vocab.json", "merges.txt"),
+    "RobertaTokenizer": ("vocab.json", "merges.txt"),
+    "Qwen2Tokenizer": ("vocab.json", "merges.txt"),
+    "BertTokenizer": ("vocab.txt",),
+    "DistilBertTokenizer": ("vocab.txt",),
+    "LlamaTokenizer": (SENTENCEPIECE,),
+    "GemmaTokenizer": (SENTENCEPIECE,),
+    "PreTrainedTokenizerFast": (SENTENCEPIECE,),
+}
+# Types of pieces in a SentencePiece model.
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+_UNIGRAM = 1
+
+
+@dataclasses.dataclass
+class Vocabulary:
+    """What a tokenizer has learned.
+
+    Attributes:
+      tokens: the id of each token of the model.
+      merges: byte-pair merges, first ones first.
+      names: the special tokens that the file itself names.
+      proto: the SentencePiece model, where it is one.
+    """
+
+    tokens: dict[str, int]
+    merges: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    names: dict[str, Any] = dataclasses.field(default_factory=dict)
+    proto: Any = None
+
+    @classmethod
+    def of(cls, definition: dict[str, Any]) -> "Vocabulary":
+        """That of a tokenizer.json which a class reads."""
+        tokens, merges = (definition["model"].get(key) for key in ("vocab", "merges"))
+        if not isinstance(tokens, dict):
+            raise UserError("not a tokenizer that the 'tokenizers' library can read: no vocabulary")
+        merges = [m.split(" ") if isinstance(m, str) else m for m in merges or []]
+        return cls(tokens, [tuple(merge) for merge in merges])
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(_text(path))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def read_definition(path: Path) -> dict[str, Any]:
+    """A tokenizer.json."""
+    try:
+        definition = json.loads(_text(path))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not JSON, so not a Hugging Face tokenizer") from None
+    if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
+        raise UserError(f"{path}: not a tokenizer that the 'tokenizers' library can read: no model")
+    return definition
+
+
+def content(token: Any) -> str | None:
+    """The spelling of a special token, which a config gives as text or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def token(value: Any) -> Any:
+    """The same as an AddedToken, special unless it is one already."""
+    from tokenizers import AddedToken
+
+    if isinstance(value, AddedToken):
+        return value
+    flags = value if isinstance(value, dict) else {"content": value}
+    return _added({"special": True} | flags)
+
+
+def _added(flags: dict[str, Any]) -> Any:
+    from tokenizers import AddedToken
+
+    known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return AddedToken(**{key: value for key, value in flags.items() if key in known})
+
+
+def special_tokens(config: dict[str, Any], named: Sequence[str]) -> list[Any]:
+    """The special tokens of a tokenizer_config.json, `named` ones first: text or objects."""
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    others = [key for key in config if key.endswith("_token") and key not in named]
+    found = [config[key] for key in (*named, *others) if isinstance(content(config.get(key)), str)]
+    return [*found, *(extra.values() if isinstance(extra, dict) else extra)]
+
+
+def added_tokens(config: dict[str, Any], folder: Path, definition: Any) -> dict[int, Any]:
+    """The tokens added to a vocabulary, by id: tokenizer_config.json says it all, or, of older
+    tokenizers, added_tokens.json and tokenizer.json do.
+
+    Raises:
+      UserError: they are not what they should be.
+    """
+    where = folder / "tokenizer_config.json"
+    try:
+        if "added_tokens_decoder" in config:
+            stated = config["added_tokens_decoder"].items()
+            return {int(i): _added(flags) for i, flags in stated}
+        where = folder / "added_tokens.json"
+        special = {content(t) for t in special_tokens(config, ())}
+        found = {}
+        for name, i in read_object(where).items():
+            plain = name not in special
+            found[int(i)] = _added({"content": name, "normalized": plain, "special": not plain})
+        where = folder / "tokenizer.json"
+        for flags in (definition or {}).get("added_tokens", []):
+            found[flags["id"]] = _added(flags)
+        return found
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{where}: its added tokens are not ids with a token each") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as e:
+        line = path.read_bytes().count(b"\n", 0, e.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8") from None
+
+
+def _lines(folder: Path, name: str, tokenizer: str) -> list[str]:
+    path = folder / name
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file, and {tokenizer} needs it")
+    lines = _text(path).split("\n")  # not splitlines: a token may hold another line separator
+    return lines[:-1] if not lines[-1] else lines
+
+
+def _read_byte_level(folder: Path, tokenizer: str, config: dict[str, Any]) -> Vocabulary:
+    path, merges_path = folder / "vocab.json", folder / "merges.txt"
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file, and {tokenizer} needs it")
+    tokens = read_object(path)
+    if not tokens or not all(type(i) is int and i >= 0 for i in tokens.values()):
+        raise UserError(f"{path}: expected the id of each token, a whole number")
+    if len(set(tokens.values())) < len(tokens):
+        raise UserError(f"{path}: two tokens have the same id")
+    merges = []
+    for number, line in enumerate(_lines(folder, merges_path.name, tokenizer), 1):
+        if line.startswith("#version"):
+            continue
+        pair = tuple(line.rstrip("\r").split(" "))
+        if len(pair) != 2 or not all(pair):
+            raise UserError(f"{merges_path}:{number}: expected two tokens and a space between them")
+        for part in (*pair, "".join(pair)):
+            if part not in tokens:
+                raise UserError(f"{merges_path}:{number}: the token '{part}' is not in vocab.json")
+        merges.append(pair)
+    return Vocabulary(tokens, merges)
+
+
+def _read_word_piece(folder: Path, tokenizer: str, config: dict[str, Any]) -> Vocabulary:
+    path = folder / "vocab.txt"
+    lines = _lines(folder, path.name, tokenizer)
+    for number, line in enumerate(lines, 1):
+        if "\0" in line:
+            raise UserError(f"{path}:{number}: a zero byte, so this is not a vocabulary")
+    tokens = {line.rstrip(): i for i, line in enumerate(lines)}  # of two alike, the later counts
+    unknown = content(config["unk_token"])
+    if unknown not in tokens:
+        raise UserError(f"{path}: '{unknown}', the token for unknown text, is not in it")
+    return Vocabulary(tokens)
+
+
+def _read_sentencepiece(folder: Path, tokenizer: str, config: dict[str, Any]) -> Vocabulary:
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    path = folder / SENTENCEPIECE
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file, and {tokenizer} needs it")
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError:
+        proto.Clear()
+    if not proto.pieces:
+        raise UserError(f"{path}: not a SentencePiece model")
+    unigram = proto.trainer_spec.model_type == _UNIGRAM
+    if unigram and tokenizer != "PreTrainedTokenizerFast":
+        raise UserError(
+            f"{path}: a unigram model, and {tokenizer} needs one of byte-pair merges: correct"
+            " tokenizer_class, or name the file itself to have SentencePiece read it"
+        )
+    tokens = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    names: dict[str, Any] = {}
+    if not any(config.get(f"{k}_special_tokens") is not None for k in ("extra", "additional")):
+        names["extra_special_tokens"] = [
+            {"content": p.piece, "normalized": False, "special": p.type == CONTROL}
+            for p in proto.pieces
+            if p.type in (CONTROL, USER_DEFINED)
+        ]
+    if tokenizer == "PreTrainedTokenizerFast":
+        spec = proto.trainer_spec
+        for key in ("bos", "eos", "unk"):
+            if getattr(spec, f"{key}_id") >= 0:
+                names[f"{key}_token"] = getattr(spec, f"{key}_piece")
+    return Vocabulary(tokens, [] if unigram else merges_of(tokens), names, proto)
+
+
+READERS: dict[str, Callable[[Path, str, dict[str, Any]], Vocabulary]] = {
+    "vocab.json": _read_byte_level,
+    "vocab.txt": _read_word_piece,
+    SENTENCEPIECE: _read_sentencepiece,
+}
+
+
+def merges_of(pieces: Iterable[str]) -> list[tuple[str, str]]:
+    """The merges of pieces in their order of learning: SentencePiece joins any two pieces that make
+    up a third, the earliest third first."""
+    pieces = dict.fromkeys(pieces)
+    return [
+        (piece[:n], piece[n:])
+        for piece in pieces
+        for n in range(1, len(piece))
+        if piece[:n] in pieces and piece[n:] in pieces
+    ]
+
+
+def sentencepiece_decoders() -> list[Any]:
+    from tokenizers import decoders
+
+    return [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+
+
+def from_sentencepiece(config: dict[str, Any], vocabulary: Vocabulary) -> Any:
+    """A SentencePiece model of no class, as Transformers reads it: without a space in front."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    spec, tokens = vocabulary.proto.trainer_spec, dict(vocabulary.tokens)
+    names = {i: name for name, i in tokens.items()}
+    for i, flags in config.get("added_tokens_decoder", {}).items():
+        name = content(flags)
+        if int(i) in names and name not in tokens:  # a placeholder that was given a name
+            tokens[name] = tokens.pop(names[int(i)])
+    fallback = spec.byte_fallback
+    if spec.model_type == _UNIGRAM:
+        scores = [(p.piece, p.score) for p in vocabulary.proto.pieces]
+        model = models.Unigram(scores, unk_id=spec.unk_id, byte_fallback=fallback)
+    else:
+        model = models.BPE(
+            tokens,
+            vocabulary.merges,
+            unk_token=spec.unk_piece,
+            fuse_unk=True,
+            byte_fallback=fallback,
+        )
+    tokenizer = Tokenizer(model)
+    charsmap = vocabulary.proto.normalizer_spec.precompiled_charsmap
+    first = [normalizers.Precompiled(charsmap)] if charsmap else []
+    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
+    steps = sentencepiece_decoders()
+    tokenizer.decoder = decoders.Sequence(steps if fallback else steps[:1])
+    return tokenizer
