@@ -67,9 +67,9 @@ def save_pretrained(
                 theirs = [w.layout.write(part) for (w, _), part in zip(parts, x)]
                 writer.write(name, theirs[0] if len(x) == 1 else np.concatenate(theirs, -1))
     if first:
-        _write_json(folder, "config.json", config)
+        write_json(folder, "config.json", config)
         if model.causal and model.head == "linear":
-            _write_json(folder, "generation_config.json", ids)
+            write_json(folder, "generation_config.json", ids)
     return chosen
 
 
@@ -114,7 +114,11 @@ def _part(x: jax.Array, layer: jax.Array | None, dtype: str, everywhere: bool) -
     return reshard(x, P(*[None] * x.ndim)) if everywhere else x
 
 
-def _write_json(folder: str, name: str, values: Json) -> None:
+def write_json(folder: str, name: str, values: Json) -> None:
+    """
+    Raises:
+      UserError: it cannot be written.
+    """
     path = os.path.join(folder, name)
     try:
         with open(path, "w", encoding="utf-8") as f:

@@ -22,6 +22,7 @@ Json = dict[str, Any]
 class Layout:
     """How one of our arrays is laid out in a published file, and back. Views where possible."""
 
+    name: str
     their_shape: Callable[[Shape], Shape]
     read: Callable[[np.ndarray, Shape], np.ndarray]  # theirs, our shape -> ours
     write: Callable[[np.ndarray], np.ndarray]
@@ -34,6 +35,7 @@ def linear(inputs: int = 1) -> Layout:
         return math.prod(ours[inputs:]), math.prod(ours[:inputs])
 
     return Layout(
+        name="linear",
         their_shape=shape,
         read=lambda x, ours: x.T.reshape(ours),
         write=lambda x: x.reshape(shape(x.shape)[::-1]).T,
@@ -46,12 +48,15 @@ def conv1d(inputs: int = 1) -> Layout:
     def shape(ours: Shape) -> Shape:
         return math.prod(ours[:inputs]), math.prod(ours[inputs:])
 
-    return Layout(shape, lambda x, ours: x.reshape(ours), lambda x: x.reshape(shape(x.shape)))
+    return Layout(
+        "conv1d", shape, lambda x, ours: x.reshape(ours), lambda x: x.reshape(shape(x.shape))
+    )
 
 
 def plus_one(layout: Layout) -> Layout:
     """Gemma's norms keep the scale less one."""
     return Layout(
+        "plus_one",
         layout.their_shape,
         lambda x, ours: layout.read(x, ours).astype(np.float32) + 1,
         lambda x: layout.write(x - np.ones((), x.dtype)),
@@ -61,16 +66,21 @@ def plus_one(layout: Layout) -> Layout:
 def after_rows(count: int) -> Layout:
     """A table whose first rows nobody looks up; they are written as zeros."""
     return Layout(
+        "after_rows",
         lambda ours: (ours[0] + count, *ours[1:]),
         lambda x, ours: x[count:],
         lambda x: np.pad(x, [(count, 0), *[(0, 0)] * (x.ndim - 1)]),
     )
 
 
-FLAT = Layout(  # vectors, whatever the axes of ours
-    lambda ours: (math.prod(ours),), lambda x, ours: x.reshape(ours), lambda x: x.reshape(-1)
+# Vectors, whatever the axes of ours.
+FLAT = Layout(
+    "flat",
+    lambda ours: (math.prod(ours),),
+    lambda x, ours: x.reshape(ours),
+    lambda x: x.reshape(-1),
 )
-SAME = Layout(lambda ours: ours, lambda x, ours: x, lambda x: x)
+SAME = Layout("same", lambda ours: ours, lambda x, ours: x, lambda x: x)
 
 
 @dataclasses.dataclass(frozen=True)
