@@ -9,6 +9,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 VENV=${VENV:-$ROOT/.venv}
 case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
 _NEEDED_MB=2000  # the environment, 1.1 GB, and what pip unpacks on the way
+_TEST_MB=1000    # of the extra 'test', PyTorch above all: 1 GB more where it is the CPU's
 
 _fail() {
   printf 'error: %s\n' "$1" >&2
@@ -107,13 +108,15 @@ make_environment() {
   echo "installed in $((SECONDS - started)) s" >&2
 }
 
-# Makes an empty environment with $BASE. The file $1 is there from before the first change until the
-# packages are installed, so that whatever is cut off on the way is not trusted later.
+# Makes an empty environment with $BASE for the extras $wanted. The file $1 is there from before the
+# first change until the packages are installed, so that whatever is cut off on the way is not
+# trusted later.
 _new_environment() {
-  local free said
+  local free said needed=$_NEEDED_MB
+  case " $wanted " in *" test "*) needed=$((needed + _TEST_MB)) ;; esac
   free=$(df -Pk "$(dirname "$VENV")" 2>/dev/null | awk 'NR == 2 { print int($4 / 1024) }')
-  if [ -n "$free" ] && [ "$free" -lt "$_NEEDED_MB" ]; then
-    _fail "$(dirname "$VENV") has $free MB free, and the environment needs $_NEEDED_MB:" \
+  if [ -n "$free" ] && [ "$free" -lt "$needed" ]; then
+    _fail "$(dirname "$VENV") has $free MB free, and the environment needs $needed:" \
       "make room, or name another place with VENV=DIR"
   fi
   if ! said=$(

@@ -231,18 +231,22 @@ class BytesTokenizer(Tokenizer):
 
 class CharacterTokenizer(Tokenizer):
     """The characters of a corpus in code point order and nothing else, as nanoGPT's
-    shakespeare_char: no bos, no eos. The mask token, where it is asked for, comes last."""
+    shakespeare_char: no bos, no eos. The mask token, where it is asked for, comes last.
+
+    Attributes:
+      characters: in the order of their ids.
+    """
 
     kind = "characters"
 
     def __init__(self, characters: Iterable[str], mask: bool = False):
-        self._characters = "".join(sorted(set(characters)))
-        if not self._characters:
+        self.characters = "".join(sorted(set(characters)))
+        if not self.characters:
             raise UserError("no characters to make a vocabulary of: the training text is empty")
-        self._codes = code_points(self._characters)
-        n = len(self._characters)
+        self._codes = code_points(self.characters)
+        n = len(self.characters)
         super().__init__(
-            [c.encode() for c in self._characters] + [b""] * mask,
+            [c.encode() for c in self.characters] + [b""] * mask,
             bos_id=None,
             eos_id=None,
             pad_id=0,
@@ -264,7 +268,7 @@ class CharacterTokenizer(Tokenizer):
 
     def _definition(self) -> dict[str, bytes]:
         mask = {} if self.mask_id is None else {"mask": True}
-        return {META: json.dumps({"characters": self._characters} | mask).encode()}
+        return {META: json.dumps({"characters": self.characters} | mask).encode()}
 
 
 def utf8(text: str) -> bytes:

@@ -23,7 +23,7 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
     "PreTrainedTokenizerFast": (SENTENCEPIECE,),
 }
 # Types of pieces in a SentencePiece model.
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+CONTROL, USER_DEFINED = 3, 4
 _UNIGRAM = 1
 
 
@@ -186,17 +186,10 @@ def _read_word_piece(folder: Path, tokenizer: str, config: dict[str, Any]) -> Vo
 
 
 def _read_sentencepiece(folder: Path, tokenizer: str, config: dict[str, Any]) -> Vocabulary:
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
     path = folder / SENTENCEPIECE
     if not path.exists():
         raise UserError(f"{path}: there is no such file, and {tokenizer} needs it")
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except DecodeError:
-        proto.Clear()
+    proto = parse_sentencepiece(path.read_bytes())
     if not proto.pieces:
         raise UserError(f"{path}: not a SentencePiece model")
     unigram = proto.trainer_spec.model_type == _UNIGRAM
@@ -209,7 +202,12 @@ def _read_sentencepiece(folder: Path, tokenizer: str, config: dict[str, Any]) ->
     names: dict[str, Any] = {}
     if not any(config.get(f"{k}_special_tokens") is not None for k in ("extra", "additional")):
         names["extra_special_tokens"] = [
-            {"content": p.piece, "normalized": False, "special": p.type == CONTROL}
+            {
+                "__type": "AddedToken",  # as tokenizer_config.json marks it
+                "content": p.piece,
+                "normalized": False,
+                "special": p.type == CONTROL,
+            }
             for p in proto.pieces
             if p.type in (CONTROL, USER_DEFINED)
         ]
@@ -219,6 +217,19 @@ def _read_sentencepiece(folder: Path, tokenizer: str, config: dict[str, Any]) ->
             if getattr(spec, f"{key}_id") >= 0:
                 names[f"{key}_token"] = getattr(spec, f"{key}_piece")
     return Vocabulary(tokens, [] if unigram else merges_of(tokens), names, proto)
+
+
+def parse_sentencepiece(model: bytes) -> Any:
+    """The parts of a SentencePiece model; it has no pieces where it is none."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(model)
+    except DecodeError:
+        proto.Clear()
+    return proto
 
 
 READERS: dict[str, Callable[[Path, str, dict[str, Any]], Vocabulary]] = {

@@ -294,9 +294,9 @@ def _decoder(decoder: Any) -> tuple[Callable[[str, bool], bytes] | None, int]:
 
 
 def _byte_level(token: str, added: bool) -> bytes:
-    if added or any(c not in _BYTES for c in token):
+    if added or any(c not in BYTE_CHARACTERS for c in token):
         return token.encode()
-    return bytes(_BYTES[c] for c in token)
+    return bytes(BYTE_CHARACTERS[c] for c in token)
 
 
 def _byte_characters() -> dict[str, int]:
@@ -307,4 +307,4 @@ def _byte_characters() -> dict[str, int]:
     return {chr(b): b for b in printed} | {chr(0x100 + n): b for n, b in enumerate(rest)}
 
 
-_BYTES = _byte_characters()
+BYTE_CHARACTERS = _byte_characters()

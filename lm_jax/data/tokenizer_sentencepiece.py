@@ -25,6 +25,10 @@ _THREADS = 4  # fixed: unigram adds up its counts by thread, so the result depen
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, ours or a published one.
 
+    Attributes:
+      model: the serialized model.
+      unk_id: the piece for text that has none.
+
     Raises:
       UserError: `model` is no SentencePiece model.
     """
@@ -34,7 +38,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes):
         import sentencepiece
 
-        self._model = model
+        self.model = model
         self._sp = sp = sentencepiece.SentencePieceProcessor()
         try:
             loaded = bool(model) and sp.LoadFromSerializedProto(model)
@@ -42,7 +46,7 @@ class SentencePieceTokenizer(Tokenizer):
             loaded = False
         if not loaded or not sp.vocab_size():
             raise UserError("not a SentencePiece model")
-        n = sp.vocab_size()
+        n, self.unk_id = sp.vocab_size(), sp.unk_id()
         specials = {i: sp.id_to_piece(i) for i in range(n) if sp.is_control(i) or sp.is_unknown(i)}
         bos, eos, pad = (i if i >= 0 else None for i in (sp.bos_id(), sp.eos_id(), sp.pad_id()))
         super().__init__(
@@ -50,7 +54,7 @@ class SentencePieceTokenizer(Tokenizer):
             bos_id=bos,
             eos_id=eos,
             # Ours have no padding piece, but one for unknown text, which byte fallback never needs.
-            pad_id=pad if pad is not None else sp.unk_id(),
+            pad_id=pad if pad is not None else self.unk_id,
             mask_id=next((i for i, name in specials.items() if name in (MASK, "[MASK]")), None),
             specials=specials,
             prefix_bytes=int("".join(sp.encode("a", out_type=str)).startswith(SPACE)),
@@ -74,10 +78,10 @@ class SentencePieceTokenizer(Tokenizer):
         return np.asarray(ids, np.int32)
 
     def _definition(self) -> dict[str, bytes]:
-        return {FILE: self._model}
+        return {FILE: self.model}
 
     def __reduce__(self):
-        return SentencePieceTokenizer, (self._model,)
+        return SentencePieceTokenizer, (self.model,)
 
 
 def train_sentencepiece(

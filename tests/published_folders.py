@@ -284,6 +284,7 @@ FAMILIES = {
     "gemma2 own": lambda: _gemma(True, "gemma2", **_TURNS),
     "gemma3 own": lambda: _gemma(True, "gemma3_text"),
 }
+FAMILIES = {name: functools.cache(make) for name, make in FAMILIES.items()}
 
 
 def varied_texts(count: int = 10_000) -> list[str]:
