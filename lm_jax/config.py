@@ -112,7 +112,7 @@ class TokenizerConfig:
     """Which tokenizer, and how it is trained where it is not there yet."""
 
     kind: str = choice("sentencepiece", "bytes", "characters", "file")
-    path: str = ""  # kind 'file': a SentencePiece .model, a tokenizer.json, or a folder of one
+    path: str = ""  # kind 'file': a published model's folder, a tokenizer.json or a .model
     vocab_size: int = 8192  # sentencepiece: pieces to learn
     algorithm: str = choice("bpe", "unigram")  # sentencepiece
     train_bytes: int = 10_000_000  # text to learn from, spread evenly over the training documents

@@ -91,6 +91,22 @@ def test_the_commands_are_found():
     assert {"lm_jax.train", "lm_jax.evaluate", "lm_jax.generate"} <= set(ENTRY_POINTS)
 
 
+def test_what_is_there_for_the_tests_is_never_imported():
+    """Nor is TensorFlow, which nothing needs."""
+    foreign = {"torch", "transformers", "peft", "safetensors", "sentence_transformers"}
+    foreign |= {"tensorflow", "pytest"}
+    found = []
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            elif isinstance(node, ast.Constant) and node.value in foreign:
+                names = [node.value]  # importlib.import_module("torch")
+            found += [f"{name}: {n}" for n in names if n.partition(".")[0] in foreign]
+    assert found == []
+
+
 def test_entry_points_and_config_load_nothing_heavy():
     heavy = ("jax", "flax", "tensorflow", "torch", "grain", "tensorflow_datasets", "orbax",
              "sentencepiece", "tokenizers", "optax", "pyarrow")  # fmt: skip
