@@ -11,6 +11,8 @@ from lm_jax.interop.registry import FAMILIES
 # Not written in config.json, or how it is computed and not what.
 _NOT_SHAPE = ("dropout", "dtype", "remat", "scan_layers", "attention", "lora", "family")
 
+_MOST_LAYERS, _LARGEST = 10_000, 2**31 - 1
+
 
 def read_json(path: str) -> Json:
     """
@@ -35,6 +37,8 @@ def family_of(hf: Json, where: str) -> Family:
       UserError: it is of an architecture that is not supported; the message lists those that are.
     """
     kind, classes = hf.get("model_type"), hf.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{where}: architectures must be a list of names, not {classes!r}")
     known = {name: f for f in FAMILIES.values() for name in f.architectures}
     if kind is None and classes:
         kind = known[classes[0]].model_type if classes[0] in known else None
@@ -66,6 +70,10 @@ def read_config(family: Family, hf: Json, where: str, names: set[str] | None = N
         wanted = wanted if isinstance(wanted, tuple) else (wanted,)
         if key in hf and hf[key] not in wanted:
             raise UserError(f"{where}: {key} = {hf[key]!r} is not supported, only {wanted[0]!r}")
+    for key, ours in family.keys.items():
+        limit = _MOST_LAYERS if ours == "layers" else _LARGEST
+        if isinstance(hf.get(key), int) and not -limit <= hf[key] <= limit:
+            raise UserError(f"{where}: {key} = {hf[key]} is beyond any model there is")
     classes = hf.get("architectures") or [next(iter(family.architectures))]
     fields: dict[str, Any] = dict(family.fixed) | {"family": family.model_type}
     fields["head"] = family.architectures[classes[0]]
@@ -76,7 +84,7 @@ def read_config(family: Family, hf: Json, where: str, names: set[str] | None = N
         raise UserError(f"{where}: the key {e} is missing") from None
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError) as e:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise UserError(f"{where}: a value is not of the type it should be: {e}") from None
     if fields["head"] == "none":
         fields["tied_head"] = True

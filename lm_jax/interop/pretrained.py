@@ -57,16 +57,26 @@ def load_parameters(path: str, config: ModelConfig, mesh: Mesh) -> Parameters:
     Raises:
       UserError: tensors are missing, of another shape or not known; the message names each.
     """
-    folder = _Folder(path)
     with jax.set_mesh(mesh):
-        abstract = params_lib.split(skeleton_of(config))
-    weights = folder.family.weights(config)
-    folder.check(weights, {name: x.shape for name, x in abstract.items()})
+        folder, abstract = _checked(path, config)
     out = {}
-    for weight in weights:
+    for weight in folder.family.weights(config):
         x = abstract[weight.ours]
         out[weight.ours] = _load(folder, weight, x.shape, NamedSharding(mesh, x.sharding.spec))
     return {name: out[name] for name in abstract}
+
+
+def check(path: str, config: ModelConfig) -> None:
+    """What `load_parameters` checks, and raises, without reading a weight."""
+    _checked(path, config)
+
+
+def _checked(path: str, config: ModelConfig) -> tuple["_Folder", Parameters]:
+    """The folder, and our parameters as abstract arrays."""
+    folder = _Folder(path)
+    abstract = params_lib.split(skeleton_of(config))
+    folder.check(folder.family.weights(config), {name: x.shape for name, x in abstract.items()})
+    return folder, abstract
 
 
 def layers_of(weight: Weight, shape: Shape) -> tuple[list[str], Shape]:
