@@ -107,6 +107,10 @@ class ModelConfig:
     attention: str = choice("auto", "xla", "cudnn", resumable=True)
 
 
+# What of `model` weights do not decide: with `init_from` it is the recipe's, and all else is theirs.
+NOT_OF_THE_WEIGHTS = ("dropout", "dtype", "remat", "scan_layers", "attention", "lora")
+
+
 @dataclasses.dataclass
 class TokenizerConfig:
     """Which tokenizer, and how it is trained where it is not there yet."""
