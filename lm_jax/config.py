@@ -107,7 +107,7 @@ class ModelConfig:
     attention: str = choice("auto", "xla", "cudnn", resumable=True)
 
 
-# What of `model` weights do not decide: with `init_from` it is the recipe's, and all else is theirs.
+# What of `model` is the recipe's with `init_from` as well; all else comes with the weights.
 NOT_OF_THE_WEIGHTS = ("dropout", "dtype", "remat", "scan_layers", "attention", "lora")
 
 

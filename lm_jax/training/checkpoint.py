@@ -165,7 +165,7 @@ class Checkpoints:
 
 
 def stored(parameters: Parameters) -> Parameters:
-    """What a checkpoint holds of a model's parameters: its adapters, where it has some, else all."""
+    """What a checkpoint holds of a model's parameters: the adapters, if it has some, else all."""
     return {name: x for name, x in parameters.items() if is_adapter(name)} or parameters
 
 

@@ -5,7 +5,7 @@ batch -> update -> (log, evaluate, sample, save).
 
 Where the state comes from, the first that applies: the newest checkpoint of the workdir (the same
 command again goes on bit for bit); the weights of another run or a published model (`init_from`);
-the seed. Frozen weights that adapters belong to are not in a checkpoint, and always come from there.
+the seed. The weights that adapters belong to are in no checkpoint: they always come from there.
 """
 
 import contextlib

@@ -27,8 +27,8 @@ from lm_jax.training.trainable import Rates, mask, rates, scaled, split
 class TrainState(NamedTuple):
     step: jax.Array  # int32, updates done
     parameters: Parameters  # those that learn
+    frozen: Parameters  # the others: without gradients, without moments
     optimizer: optax.OptState
-    frozen: Parameters = {}  # the others: without gradients, without moments
 
     @property
     def all_parameters(self) -> Parameters:
@@ -61,7 +61,7 @@ class Step:
             parameters = drawn | parameters
         parameters, frozen = split(parameters, self.rates)
         optimizer = self.optimizer.init(parameters)
-        return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer, frozen)
+        return TrainState(jnp.zeros((), jnp.int32), parameters, frozen, optimizer)
 
     def train(
         self, state: TrainState, batch: dict[str, jax.Array]
@@ -104,7 +104,7 @@ class Step:
         }
         if self.z_loss:
             metrics["z_loss"] = self.z_loss * sums.z / tokens
-        return TrainState(state.step + 1, parameters, optimizer, state.frozen), metrics
+        return TrainState(state.step + 1, parameters, state.frozen, optimizer), metrics
 
     def _update(self, gradients: Parameters, state: TrainState):
         def update(gradients, optimizer, parameters):

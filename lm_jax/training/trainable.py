@@ -47,9 +47,7 @@ def rates(shapes: dict[str, tuple[int, ...]], config: Config) -> Rates:
     return out
 
 
-def _frozen(
-    shapes: dict[str, tuple[int, ...]], patterns: tuple[str, ...]
-) -> dict[str, np.ndarray]:
+def _frozen(shapes: dict[str, tuple[int, ...]], patterns: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Name -> whether a pattern matches it: bool [], or [L] for stacked parameters."""
     out = {
         name: np.zeros(shape[:1] if name.startswith(_STACKED) else (), bool)
@@ -65,7 +63,9 @@ def _frozen(
             )
             found, out[name] = found or bool(hits.any()), layers | hits
         if not found:
-            raise UserError(f"optimizer.freeze: no parameter matches '{pattern}'{_near(out, pattern)}")
+            raise UserError(
+                f"optimizer.freeze: no parameter matches '{pattern}'{_near(out, pattern)}"
+            )
     return out
 
 
