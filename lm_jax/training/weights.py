@@ -21,9 +21,8 @@ from lm_jax.interop import pretrained
 from lm_jax.model import lora
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.parameters import Parameters
-from lm_jax.model.transformer import Transformer
+from lm_jax.model.transformer import Transformer, skeleton_of
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
-from lm_jax.training.step import skeleton_of
 from lm_jax.training.workdir import read_config, with_vocabulary, write_whole
 from lm_jax.validation import validate
 
@@ -34,7 +33,7 @@ _PIN = "base.json"  # in the workdir of a run with adapters: whose they are
 class Source:
     """Weights that lie somewhere."""
 
-    path: str  # absolute
+    path: str
     step: int | None  # of a run; None: a Hugging Face folder
 
     def __str__(self) -> str:
@@ -53,8 +52,8 @@ def find(path: str, step: int | None = None) -> Source:
     if _is_run(path):
         read_config(path)  # says so if it is none after all
         with Checkpoints(path) as checkpoints:
-            return Source(os.path.abspath(path), checkpoints.choose(step))
-    return Source(os.path.abspath(_pretrained(path)), None)
+            return Source(path, checkpoints.choose(step))
+    return Source(_pretrained(path), None)
 
 
 def _is_run(path: str) -> bool:
@@ -187,7 +186,8 @@ def source_of(workdir: str, config: Config) -> Source:
 
 def pin(workdir: str, source: Source) -> None:
     """Notes in `workdir` which weights its adapters belong to."""
-    values = dataclasses.asdict(source) | {"fingerprint": fingerprint(source)}
+    path = os.path.abspath(source.path)
+    values = {"path": path, "step": source.step, "fingerprint": fingerprint(source)}
     try:
         write_whole(os.path.join(workdir, _PIN), json.dumps(values, indent=2) + "\n")
     except OSError as e:

@@ -128,9 +128,9 @@ def begin(config: Config, axes=None):
     """The step, and a state of parameters that numpy drew; on a mesh, it has to be set."""
     step = make_step(config)
     abstract = jax.eval_shape(step.init).all_parameters
-    drawn = params_lib.split(build(config.model))
+    drawn = jax.device_get(params_lib.split(build(config.model)))
     if axes:
-        drawn = {k: jax.device_put(np.asarray(drawn[k]), abstract[k].sharding.spec) for k in drawn}
+        drawn = {k: jax.device_put(x, abstract[k].sharding.spec) for k, x in drawn.items()}
     return step, quick_jit(step.init_from)(drawn)
 
 
@@ -208,7 +208,7 @@ def test_gradients_of_frozen_layers_do_not_count_in_the_norm():
 
         return jax.grad(loss)(parameters)
 
-    of_all = jax.device_get(gradients(params_lib.split(model)))
+    of_all = jax.device_get(gradients(jax.device_get(params_lib.split(model))))
     del of_all["embedding"]
     counted = [g[1] if k.startswith("blocks.") else g for k, g in of_all.items()]
     want = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in counted))
