@@ -109,6 +109,11 @@ def config_of(flag: flags.FlagHolder) -> Config:
     return flag.value
 
 
+def overridden(flag: flags.FlagHolder) -> set[str]:
+    """The keys of the config that the command line set itself."""
+    return set(config_flags.get_override_values(flags.FLAGS[flag.name]))
+
+
 def _fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(1)

@@ -107,6 +107,10 @@ class ModelConfig:
     attention: str = choice("auto", "xla", "cudnn", resumable=True)
 
 
+# What of `model` is the recipe's with `init_from` as well; all else comes with the weights.
+NOT_OF_THE_WEIGHTS = ("dropout", "dtype", "remat", "scan_layers", "attention", "lora")
+
+
 @dataclasses.dataclass
 class TokenizerConfig:
     """Which tokenizer, and how it is trained where it is not there yet."""

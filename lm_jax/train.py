@@ -19,7 +19,9 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(argv: list[str]) -> None:
     del argv
-    config = validate(cli.config_of(_CONFIG))
+    config = cli.config_of(_CONFIG)
+    if not config.init_from:  # else it is not known yet what the model is
+        config = validate(config)
     if not _WORKDIR.value:
         raise UserError("where to? give --workdir=DIR")
 
@@ -29,7 +31,7 @@ def main(argv: list[str]) -> None:
 
     from lm_jax.training.loop import train
 
-    caught = train(config, _WORKDIR.value)
+    caught = train(config, _WORKDIR.value, cli.overridden(_CONFIG))
     if caught:
         sys.exit(128 + caught)
 

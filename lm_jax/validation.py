@@ -222,6 +222,13 @@ def _checks(config: Config):
             yield value >= 0, key, f"must be at least 0, not {value}"
         elif key in parts.split():
             yield 0 <= value < 1, key, f"must be in [0, 1), not {value}"
+    yield (
+        0 < optimizer.layer_decay <= 1,
+        "optimizer.layer_decay",
+        f"must be above 0 and at most 1 (1: all layers alike), not {optimizer.layer_decay}",
+    )
+    yield all(optimizer.freeze), "optimizer.freeze", "an empty pattern matches nothing"
+    yield from _check_adapters(config)
     yield 0 <= optimizer.final_fraction <= 1, "optimizer.final_fraction", "must be in [0, 1]"
     scaling = model.rope_scaling
     yield (
@@ -259,4 +266,25 @@ def objective_checks(config: Config):
         model.head == head,
         "model.head",
         f"must be '{head}' for data.objective '{objective}', not '{model.head}'",
+    )
+
+
+def _check_adapters(config: Config):
+    lora, gated = config.model.lora, config.model.gated_mlp
+    yield lora.rank >= 0, "model.lora.rank", f"must be at least 0 (0: none), not {lora.rank}"
+    if lora.rank <= 0:
+        return
+    yield (
+        bool(config.init_from),
+        "model.lora.rank",
+        "adapters need weights that they belong to: name them with init_from",
+    )
+    yield lora.alpha > 0, "model.lora.alpha", f"must be above 0, not {lora.alpha}"
+    places = ("query", "key", "value", "out", "up", *(("gate",) if gated else ()), "down")
+    wrong = [name for name in lora.targets if name not in places]
+    yield (
+        bool(lora.targets) and not wrong and len(set(lora.targets)) == len(lora.targets),
+        "model.lora.targets",
+        (f"'{wrong[0]}' is no projection of this model" if wrong else f"{lora.targets}")
+        + f": name each once, of {', '.join(places)}",
     )

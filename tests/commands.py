@@ -1,10 +1,15 @@
 """Runs the package's commands as a user does, on a corpus and a model that are tiny."""
 
+import json
 import os
 import pathlib
 import random
 import subprocess
 import sys
+import time
+
+import jax
+import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECIPE = "--config=configs/quickstart.py"
@@ -42,6 +47,44 @@ def run(command: str, *args: str, env: dict[str, str] | None = None):
     process = start(command, *args, env=env)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
+
+
+def stored_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by path, parameters and optimizer state."""
+    from lm_jax.training.checkpoint import Checkpoints
+
+    with Checkpoints(str(workdir)) as checkpoints:
+        got = checkpoints._manager.restore(checkpoints.choose(step))
+    leaves, _ = jax.tree.flatten_with_path({k: got[k] for k in ("parameters", "optimizer")})
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+
+
+def train(*flags: str, env: dict[str, str]) -> None:
+    code, out, err = run("train", *flags, env=env)
+    assert code == 0, out + err
+
+
+def kill_after(step: int, workdir: pathlib.Path, flags: list[str], env: dict[str, str]) -> None:
+    """Starts a run and kills it with SIGKILL when `step` is saved and a later one logged."""
+    process = start("train", *flags, env=env)
+    try:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and process.poll() is None:
+            saved = (workdir / "checkpoints" / str(step)).is_dir()
+            if saved and max(losses(workdir), default=0) > step:
+                break
+            time.sleep(0.001)
+        assert process.poll() is None, process.communicate()
+    finally:
+        process.kill()
+        process.communicate()
+    assert step < max(losses(workdir)) < 60, "the run was to be killed on its way"
 
 
 def write_corpus(folder: pathlib.Path, documents: int = 40) -> pathlib.Path:

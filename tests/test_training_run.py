@@ -8,10 +8,9 @@ import socket
 import time
 
 import commands
-import jax
 import numpy as np
 import pytest
-from commands import environment, tiny
+from commands import environment, kill_after, losses, stored_arrays, tiny, train
 
 from lm_jax.training.checkpoint import Checkpoints
 
@@ -24,42 +23,6 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> pathlib.Path:
     return tmp_path_factory.mktemp("compilation_cache")
-
-
-def losses(workdir: pathlib.Path) -> dict[int, float]:
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
-
-
-def stored_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by path, parameters and optimizer state."""
-    with Checkpoints(str(workdir)) as checkpoints:
-        got = checkpoints._manager.restore(checkpoints.choose(step))
-    leaves, _ = jax.tree.flatten_with_path({k: got[k] for k in ("parameters", "optimizer")})
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
-
-
-def train(*flags: str, env: dict[str, str]) -> None:
-    code, out, err = commands.run("train", *flags, env=env)
-    assert code == 0, out + err
-
-
-def kill_after(step: int, workdir: pathlib.Path, flags: list[str], env: dict[str, str]) -> None:
-    """Starts a run and kills it with SIGKILL when `step` is saved and a later one logged."""
-    process = commands.start("train", *flags, env=env)
-    try:
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and process.poll() is None:
-            saved = (workdir / "checkpoints" / str(step)).is_dir()
-            if saved and max(losses(workdir), default=0) > step:
-                break
-            time.sleep(0.001)
-        assert process.poll() is None, process.communicate()
-    finally:
-        process.kill()
-        process.communicate()
-    assert step < max(losses(workdir)) < 60, "the run was to be killed on its way"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Checkpoints: asynchronous and atomic, through orbax; parameters, optimizer and place in the data.
 
-A checkpoint is a folder of three items: 'parameters' (a flat dict by name), 'optimizer' (with the
-step) and 'data' (JSON: the state of each lane of the input stream). Arrays are stored whole,
-whatever the mesh, and restored onto any other.
+A checkpoint is a folder of three items: 'parameters' (a flat dict by name; of a model with adapters
+the adapters alone), 'optimizer' (with the step) and 'data' (JSON: the state of each lane of the
+input stream). Arrays are stored whole, whatever the mesh, and restored onto any other.
 """
 
 import contextlib
@@ -18,16 +18,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm_jax.config import CheckpointConfig, Config
-from lm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from lm_jax.config import CheckpointConfig
 from lm_jax.errors import UserError
 from lm_jax.model import parameters as params_lib
+from lm_jax.model.lora import is_adapter
 from lm_jax.model.parameters import Parameters
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import check_parameters
 from lm_jax.training.step import TrainState, skeleton_of
-from lm_jax.training.workdir import read_config, with_vocabulary
-from lm_jax.validation import validate
 
 
 class Checkpoints:
@@ -89,7 +87,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    parameters=ocp.args.StandardSave(state.parameters),
+                    parameters=ocp.args.StandardSave(stored(state.all_parameters)),
                     optimizer=ocp.args.StandardSave(rest),
                     data=ocp.args.JsonSave(_gather(data)),
                 ),
@@ -98,20 +96,35 @@ class Checkpoints:
     def wait(self) -> None:
         self._manager.wait_until_finished()
 
-    def restore(self, step: int, abstract: TrainState, mesh: Mesh) -> tuple[TrainState, dict]:
-        """The state saved at `step`, sharded as `abstract` is, and the place in the data."""
-        self._check(step, abstract.parameters)
+    def restore(
+        self, step: int, abstract: TrainState, mesh: Mesh, base: Parameters | None = None
+    ) -> tuple[TrainState, dict]:
+        """The state saved at `step`, sharded as `abstract` is, and the place in the data.
+
+        Args:
+          base: of a model with adapters, the parameters that are not saved with them.
+        """
+        wanted = stored(abstract.all_parameters)
+        self._check(step, wanted)
         rest = {"step": abstract.step, "state": abstract.optimizer}
         got = self._restore(
             step,
-            parameters=ocp.args.StandardRestore(_onto(abstract.parameters, mesh)),
+            parameters=ocp.args.StandardRestore(_onto(wanted, mesh)),
             optimizer=ocp.args.StandardRestore(_onto(rest, mesh)),
             data=ocp.args.JsonRestore(),
         )
-        optimizer = got["optimizer"]
-        return TrainState(optimizer["step"], got["parameters"], optimizer["state"]), got["data"]
+        optimizer, whole = got["optimizer"], (base or {}) | got["parameters"]
+        state = TrainState(
+            step=optimizer["step"],
+            parameters={name: whole[name] for name in abstract.parameters},
+            optimizer=optimizer["state"],
+            frozen={name: whole[name] for name in abstract.frozen},
+        )
+        return state, got["data"]
 
     def restore_parameters(self, step: int, abstract: Parameters, mesh: Mesh) -> Parameters:
+        """The parameters saved at `step`: of a model with adapters the adapters alone."""
+        abstract = stored(abstract)
         self._check(step, abstract)
         restore = ocp.args.StandardRestore(_onto(abstract, mesh))
         return self._restore(step, parameters=restore)["parameters"]
@@ -151,6 +164,11 @@ class Checkpoints:
             )
 
 
+def stored(parameters: Parameters) -> Parameters:
+    """What a checkpoint holds of a model's parameters: the adapters, if it has some, else all."""
+    return {name: x for name, x in parameters.items() if is_adapter(name)} or parameters
+
+
 def _onto(abstract: Any, mesh: Mesh) -> Any:
     """Abstract arrays with shardings that orbax can restore to."""
 
@@ -184,26 +202,3 @@ def abstract_parameters(skeleton: Transformer, mesh: Mesh) -> Parameters:
     check_parameters(shapes, params_lib.logical_axes(skeleton), mesh)
     with jax.set_mesh(mesh):
         return params_lib.split(skeleton_of(skeleton.config))
-
-
-def load_for_inference(
-    workdir: str, mesh: Mesh, step: int | None = None
-) -> tuple[Transformer, Config, Tokenizer]:
-    """The model of a run, with its config and tokenizer.
-
-    Args:
-      step: which checkpoint; None: the newest.
-
-    Raises:
-      UserError: there is no such run or checkpoint.
-    """
-    config = read_config(workdir)
-    tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
-    config = with_vocabulary(validate(config), tokenizer)
-    config.model.attention = "auto"  # whatever the platform that trained it had
-    skeleton = skeleton_of(config.model)
-    with Checkpoints(workdir) as checkpoints:
-        parameters = checkpoints.restore_parameters(
-            checkpoints.choose(step), abstract_parameters(skeleton, mesh), mesh
-        )
-    return params_lib.bind(skeleton, parameters), config, tokenizer

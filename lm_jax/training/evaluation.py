@@ -13,10 +13,11 @@ from lm_jax.errors import UserError
 from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
 from lm_jax.model import parameters as params_lib
 from lm_jax.sharding.mesh import batch_shards, make_mesh, to_devices
-from lm_jax.training.checkpoint import Checkpoints, load_for_inference
+from lm_jax.training.checkpoint import Checkpoints
 from lm_jax.training.masking import make_masking
 from lm_jax.training.metrics import progress_bar
 from lm_jax.training.step import make_step
+from lm_jax.training.weights import load_for_inference
 from lm_jax.training.workdir import read_config
 
 
@@ -58,6 +59,7 @@ def evaluate_workdir(
     rows = -(-rows // shards) * shards
     config.data.batch_size, config.training.accumulation = rows, 1
     config.training.loss_chunk = None
+    config.optimizer.freeze = ()  # of adapters, it may be, that are merged now
     masking = make_masking(config.data, tokenizer, config.model.vocab_size)
     evaluate = jax.jit(make_step(config, shards, masking).evaluate)
     sources = config.data.validation_sources or config.data.sources

@@ -4,7 +4,8 @@ In order: claim the workdir; tokenizer; data; mesh; state; then, a step at a tim
 batch -> update -> (log, evaluate, sample, save).
 
 Where the state comes from, the first that applies: the newest checkpoint of the workdir (the same
-command again goes on bit for bit); the weights of another run (`init_from`); the seed.
+command again goes on bit for bit); the weights of another run or a published model (`init_from`);
+the seed. The weights that adapters belong to are in no checkpoint: they always come from there.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Collection
 
 import jax
 import numpy as np
@@ -30,8 +32,9 @@ from lm_jax.generation.sampling import Sampling
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.attention import resolve_backend
 from lm_jax.model.flops import peak_flops, training_flops_per_token
-from lm_jax.model.parameters import Parameters
+from lm_jax.model.lora import base_config
 from lm_jax.sharding.mesh import batch_shards, make_mesh, to_devices
+from lm_jax.training import trainable, weights
 from lm_jax.training import workdir as workdir_lib
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
 from lm_jax.training.masking import make_masking
@@ -44,11 +47,12 @@ from lm_jax.validation import objective_checks
 _SAMPLING = Sampling(temperature=0.8, top_k=40)  # of the samples that a run prints
 
 
-def train(config: Config, workdir: str) -> int:
+def train(config: Config, workdir: str, overridden: Collection[str] = ()) -> int:
     """Trains until `training.steps`, the end of the data, or a signal; resumes what is there.
 
     Args:
-      config: validated.
+      overridden: keys of the config that the command line set, and no recipe; of the model and the
+        tokenizer, none that come with the weights of `init_from` may be among them.
 
     Returns:
       0, or the number of the signal that ended the run (after a checkpoint).
@@ -56,6 +60,7 @@ def train(config: Config, workdir: str) -> int:
     Raises:
       UserError: something in the config, the data, the mesh or the workdir does not fit.
     """
+    config = weights.resolved(config, workdir, overridden)
     mesh = make_mesh(config.mesh)
     _check_batch(config, batch_shards(mesh))
     workdir_lib.check(workdir, config)
@@ -66,8 +71,8 @@ def train(config: Config, workdir: str) -> int:
 def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> int:
     tokenizer = workdir_lib.obtain_tokenizer(workdir, config)
     asked, config = config, workdir_lib.with_vocabulary(config, tokenizer)
-    parameters = abstract_parameters(skeleton_of(config.model), mesh)  # they fit the mesh
-    check_rules(list(parameters))
+    # All parameters fit the mesh, and have a rule.
+    check_rules(list(abstract_parameters(skeleton_of(config.model), mesh)))
     with (
         jax.set_mesh(mesh),
         train_stream(
@@ -76,8 +81,10 @@ def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> int:
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
         run = _Run(config, workdir, mesh, tokenizer, stream, checkpoints)
-        state, start = run.restore_or_begin(parameters)
+        state, start = run.restore_or_begin()
         if jax.process_index() == 0:
+            if config.model.lora.rank:
+                weights.pin(workdir, run.source)
             workdir_lib.settle(workdir, asked, tokenizer)
         return run.go(state, start)
 
@@ -189,27 +196,26 @@ class _Run:
             jax.profiler.stop_trace()
         self.tracing = wanted
 
-    def restore_or_begin(self, parameters: Parameters) -> tuple[TrainState, int]:
+    def restore_or_begin(self) -> tuple[TrainState, int]:
         """The state, from the first place that has one, and the step it stands at."""
-        newest, source = self.checkpoints.latest(), self.config.init_from
-        if newest is not None:
-            abstract = jax.eval_shape(self.step.init)
-            state, data = self.checkpoints.restore(newest, abstract, self.mesh)
-            self.stream.set_state(data)
-            self.origin = f"goes on from step {newest} of {self.workdir}"
-            return state, newest
-        if source:
-            with Checkpoints(source) as other:
-                step = other.choose(None)
-                restored = other.restore_parameters(step, parameters, self.mesh)
-            self.origin = f"starts from the weights of {source}, step {step}"
-            return jax.jit(self.step.init_from)(restored), 0
+        newest, model, given = self.checkpoints.latest(), self.config.model, {}
         self.origin = f"starts afresh, seed {self.config.training.seed}"
-        return jax.jit(self.step.init)(), 0
+        if model.lora.rank or (newest is None and self.config.init_from):
+            self.source = weights.source_of(self.workdir, self.config)
+            self.origin = f"starts from the weights of {self.source}"
+            given = weights.load_weights(self.source, base_config(model), self.mesh)
+        if newest is None:
+            return jax.jit(self.step.init_from)(given), 0
+        abstract = jax.eval_shape(self.step.init)
+        state, data = self.checkpoints.restore(newest, abstract, self.mesh, given)
+        self.stream.set_state(data)
+        self.origin = f"goes on from step {newest} of {self.workdir}"
+        return state, newest
 
     def _introduce(self, state: TrainState) -> None:
         config, mesh = self.config, self.mesh
-        count = sum(x.size for x in state.parameters.values())
+        count = sum(x.size for x in state.all_parameters.values())
+        learning = trainable.count(state.parameters, self.step.rates)
         device = mesh.devices.flat[0]
         axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
         say = self.metrics.say
@@ -217,6 +223,8 @@ class _Run:
             f"model: {count:,} parameters, {config.model.dtype}, vocabulary"
             f" {config.model.vocab_size:,} ({self.tokenizer.kind})"
         )
+        if learning < count:
+            say(f"training: {learning:,} of {count:,} parameters ({count - learning:,} frozen)")
         say(
             f"devices: {mesh.size} x {device.device_kind} ({axes}),"
             f" attention: {resolve_backend(config.model, config.data.length)}"
@@ -324,7 +332,7 @@ class _Run:
         )
         values = evaluate_loss(
             lambda batch, i: self.evaluate_step(
-                state.parameters,
+                state.all_parameters,
                 to_devices(batch, self.mesh),
                 to_devices(np.int32(i), self.mesh),
                 self.byte_lengths,
@@ -350,7 +358,7 @@ class _Run:
         training = self.config.training
         if not training.sample_tokens or jax.process_count() > 1:
             return
-        model = params_lib.bind(self.step.skeleton, state.parameters)
+        model = params_lib.bind(self.step.skeleton, state.all_parameters)
         with jax.transfer_guard("allow"):
             (got,) = Generator(model, self.tokenizer).generate(
                 [training.sample_prompt],

@@ -25,6 +25,8 @@ _RULES: dict[str, tuple[bool, contrib.MuonDimensionNumbers | None]] = {
     "up": (True, contrib.MuonDimensionNumbers((-2,), (-1,))),
     "gate": (True, contrib.MuonDimensionNumbers((-2,), (-1,))),
     "down": (True, contrib.MuonDimensionNumbers((-2,), (-1,))),
+    "a": (True, None),  # of an adapter: matrices so thin that their spectrum says little
+    "b": (True, None),
     "scale": (False, None),
     "query_bias": (False, None),
     "key_bias": (False, None),

@@ -21,12 +21,18 @@ from lm_jax.sharding.mesh import activation_spec, reshard
 from lm_jax.training.loss import LossSums, batch_loss, chunk_length
 from lm_jax.training.masking import Masking
 from lm_jax.training.optimizer import make_optimizer, make_schedule
+from lm_jax.training.trainable import Rates, mask, rates, scaled, split
 
 
 class TrainState(NamedTuple):
     step: jax.Array  # int32, updates done
-    parameters: Parameters
+    parameters: Parameters  # those that learn
+    frozen: Parameters  # the others: without gradients, without moments
     optimizer: optax.OptState
+
+    @property
+    def all_parameters(self) -> Parameters:
+        return self.frozen | self.parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Step:
 
     skeleton: Transformer  # the module with abstract arrays
     optimizer: optax.GradientTransformation
+    rates: Rates = dataclasses.field(compare=False)  # how fast each parameter learns
     schedule: optax.Schedule
     seed: int
     accumulation: int
@@ -44,12 +51,17 @@ class Step:
 
     def init(self) -> TrainState:
         """A fresh state; a function of the seed alone, whatever the mesh."""
-        key = jax.random.key(self.seed)
-        model = Transformer(self.skeleton.config, jax.random.fold_in(key, 0))
-        return self.init_from(params_lib.split(model))
+        return self.init_from({})
 
     def init_from(self, parameters: Parameters) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), parameters, self.optimizer.init(parameters))
+        """A state that starts from `parameters`; those that are not among them are drawn."""
+        if parameters.keys() != self.rates.keys():
+            key = jax.random.fold_in(jax.random.key(self.seed), 0)
+            drawn = params_lib.split(Transformer(self.skeleton.config, key))
+            parameters = drawn | parameters
+        parameters, frozen = split(parameters, self.rates)
+        optimizer = self.optimizer.init(parameters)
+        return TrainState(jnp.zeros((), jnp.int32), parameters, frozen, optimizer)
 
     def train(
         self, state: TrainState, batch: dict[str, jax.Array]
@@ -64,7 +76,7 @@ class Step:
         tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
 
         def loss(parameters, micro_batch, key):
-            model = params_lib.bind(self.skeleton, parameters)
+            model = params_lib.bind(self.skeleton, state.frozen | parameters)
             sums = batch_loss(model, micro_batch, chunk=self.chunk, dropout_key=key)
             return (sums.nll + self.z_loss * sums.z) / tokens, sums
 
@@ -82,6 +94,7 @@ class Step:
             inputs = self._micro_batches(batch), jnp.arange(self.accumulation)
             (gradients, sums), _ = jax.lax.scan(add, zeros, inputs)
 
+        gradients = mask(gradients, self.rates)
         parameters, optimizer = self._update(gradients, state)
         metrics = {
             "loss": sums.nll / tokens,
@@ -91,7 +104,7 @@ class Step:
         }
         if self.z_loss:
             metrics["z_loss"] = self.z_loss * sums.z / tokens
-        return TrainState(state.step + 1, parameters, optimizer), metrics
+        return TrainState(state.step + 1, parameters, state.frozen, optimizer), metrics
 
     def _update(self, gradients: Parameters, state: TrainState):
         def update(gradients, optimizer, parameters):
@@ -165,9 +178,12 @@ def make_step(config: Config, batch_shards: int = 1, masking: Masking | None = N
     chunk = training.loss_chunk or chunk_length(
         config.data.predictions, max(1, rows // batch_shards), config.model.vocab_size
     )
+    skeleton = skeleton_of(config.model)
+    learning = rates({k: x.shape for k, x in params_lib.split(skeleton).items()}, config)
     return Step(
-        skeleton=skeleton_of(config.model),
-        optimizer=make_optimizer(config.optimizer, training.steps),
+        skeleton=skeleton,
+        optimizer=scaled(make_optimizer(config.optimizer, training.steps), learning),
+        rates=learning,
         schedule=make_schedule(config.optimizer, training.steps),
         seed=training.seed,
         accumulation=training.accumulation,

@@ -1,6 +1,7 @@
 """A workdir describes itself: config, tokenizer, checkpoints, metrics, samples.
 
 config.json        the config of the run
+base.json          whose the adapters are, of a run that trains adapters alone
 tokenizer/         as saved by the tokenizer
 checkpoints/STEP/  parameters, optimizer state, place in the data
 metrics.jsonl      a line for each logged step and each evaluation
@@ -26,6 +27,7 @@ from lm_jax.errors import UserError
 
 # What a run that failed before its first step may leave: such a folder is free.
 _OWN = {"checkpoints", "tokenizer", "tokenizer.tmp", "config.json.tmp", "lock", "lost+found"}
+_OWN |= {"base.json", "base.json.tmp"}
 
 
 def read_config(workdir: str) -> Config:
@@ -126,8 +128,8 @@ def obtain_tokenizer(workdir: str, config: Config) -> Tokenizer:
     if os.path.isdir(folder):
         return load_tokenizer(folder)
     if config.init_from:
-        read_config(config.init_from)  # says so if there is no run there
-        return load_tokenizer(os.path.join(config.init_from, "tokenizer"))
+        folder = os.path.join(config.init_from, "tokenizer")  # a run's
+        return load_tokenizer(folder if os.path.isdir(folder) else config.init_from)
     text = text_to_learn_from(config.tokenizer, functools.partial(documents, config.data))
     return train_tokenizer(config.tokenizer, text, mask=config.data.objective == "masked")
 

@@ -111,7 +111,7 @@ def test_a_save_outlives_the_arrays_it_was_made_of(tmp_path):
 
 
 def test_the_newest_are_kept_and_each_multiple(tmp_path):
-    tiny = TrainState(np.int32(0), {"weight": np.ones(3, np.float32)}, ())
+    tiny = TrainState(np.int32(0), {"weight": np.ones(3, np.float32)}, {}, ())
     with Checkpoints(str(tmp_path), CheckpointConfig(keep=2, keep_every=4)) as checkpoints:
         assert checkpoints.latest() is None
         for step in range(1, 8):
@@ -138,7 +138,7 @@ def test_choosing_a_step(saved, tmp_path):
 
 
 def test_what_a_killed_save_left_is_no_checkpoint(tmp_path):
-    tiny = TrainState(np.int32(0), {"weight": np.ones(3, np.float32)}, ())
+    tiny = TrainState(np.int32(0), {"weight": np.ones(3, np.float32)}, {}, ())
     with Checkpoints(str(tmp_path), KEEP_ALL) as checkpoints:
         checkpoints.save(1, tiny, {})
     left = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"

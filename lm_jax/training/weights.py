@@ -1,0 +1,251 @@
+"""Where weights come from: the workdir of a run, or a Hugging Face folder.
+
+The one place that knows: for a run that starts from them (`init_from`), for adapters, which are
+saved without the weights they belong to, and for inference.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Collection
+
+import jax
+from jax.sharding import Mesh
+
+from lm_jax.config import NOT_OF_THE_WEIGHTS, Config, ModelConfig, TokenizerConfig, walk
+from lm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from lm_jax.errors import UserError
+from lm_jax.interop import pretrained
+from lm_jax.model import lora
+from lm_jax.model import parameters as params_lib
+from lm_jax.model.parameters import Parameters
+from lm_jax.model.transformer import Transformer, skeleton_of
+from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
+from lm_jax.training.workdir import read_config, with_vocabulary, write_whole
+from lm_jax.validation import validate
+
+_PIN = "base.json"  # in the workdir of a run with adapters: whose they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Weights that lie somewhere."""
+
+    path: str
+    step: int | None  # of a run; None: a Hugging Face folder
+
+    def __str__(self) -> str:
+        return self.path if self.step is None else f"{self.path}, step {self.step}"
+
+
+def find(path: str, step: int | None = None) -> Source:
+    """The weights at `path`.
+
+    Args:
+      step: which checkpoint of a run; None: the newest.
+
+    Raises:
+      UserError: there are none.
+    """
+    if _is_run(path):
+        read_config(path)  # says so if it is none after all
+        with Checkpoints(path) as checkpoints:
+            return Source(path, checkpoints.choose(step))
+    return Source(_pretrained(path), None)
+
+
+def _is_run(path: str) -> bool:
+    if os.path.isdir(os.path.join(path, "checkpoints")):
+        return True
+    try:
+        with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
+            values = json.load(f)
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and {"model", "data", "training"} <= values.keys()
+
+
+def _pretrained(path: str) -> str:
+    if not os.path.isdir(path):
+        raise UserError(f"init_from: there is no folder '{path}'")
+    if not pretrained.is_pretrained(path):
+        raise UserError(
+            f"init_from: '{path}' is neither the workdir of a run nor a Hugging Face folder: both"
+            " have a config.json, with the sections of a run or with 'model_type'"
+        )
+    return path
+
+
+def model_of(path: str) -> ModelConfig:
+    """The model whose weights lie at `path`, adapters merged.
+
+    Raises:
+      UserError: there are none.
+    """
+    if not _is_run(path):
+        return pretrained.read_model_config(_pretrained(path))
+    return lora.base_config(_config_of_run(path)[0].model)
+
+
+def _config_of_run(workdir: str) -> tuple[Config, Tokenizer]:
+    """A run's config with every field filled in, and its tokenizer."""
+    config = validate(read_config(workdir))
+    tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
+    return with_vocabulary(config, tokenizer), tokenizer
+
+
+def resolved(config: Config, workdir: str, overridden: Collection[str] = ()) -> Config:
+    """`config`, validated, with the model and the tokenizer that come with its weights.
+
+    A run that is there already has them in its own config: without adapters, nothing of `init_from`
+    is needed to go on.
+
+    Args:
+      overridden: keys that the command line set.
+
+    Raises:
+      UserError: there are no such weights, a key was set that comes with them, or the config is not
+        usable.
+    """
+    config, path = copy.deepcopy(config), config.init_from
+    if not path:
+        return validate(config)
+    if os.path.exists(os.path.join(workdir, "config.json")):
+        before = read_config(workdir)
+        model, tokenizer = before.model, before.tokenizer
+    else:
+        model, tokenizer = model_of(path), TokenizerConfig(kind="file", path=path)
+        if _is_run(path):
+            tokenizer = read_config(path).tokenizer
+    asked = {key: value for key, value, _ in walk(config) if key in overridden}
+    kept = {name: getattr(config.model, name) for name in NOT_OF_THE_WEIGHTS}
+    config.model = dataclasses.replace(copy.deepcopy(model), **kept)
+    config.tokenizer = copy.deepcopy(tokenizer)
+    config = validate(config)
+    wrong = [
+        f"{key}: comes with the weights of {path} ({value!r}): leave it out"
+        for key, value, _ in walk(config)
+        if key.startswith(("model.", "tokenizer.")) and asked.get(key) not in (None, value)
+    ]
+    if wrong:
+        raise UserError("the config is not usable:\n  " + "\n  ".join(wrong))
+    return config
+
+
+def load_weights(source: Source, config: ModelConfig, mesh: Mesh) -> Parameters:
+    """All parameters, on the mesh; those of a run with adapters are the sums with its base.
+
+    Args:
+      config: as `model_of` gives it.
+
+    Raises:
+      UserError: they are damaged or of another model, or those the adapters belong to have gone.
+    """
+    if source.step is None:
+        return pretrained.load_parameters(source.path, config, mesh)
+    adapted = dataclasses.replace(config, lora=read_config(source.path).model.lora)
+    abstract = abstract_parameters(skeleton_of(adapted), mesh)
+    with Checkpoints(source.path) as checkpoints:
+        parameters = checkpoints.restore_parameters(source.step, abstract, mesh)
+    if not adapted.lora.rank:
+        return parameters
+    base = load_weights(pinned(source.path), config, mesh)
+    with jax.set_mesh(mesh):
+        return lora.merge(adapted, base | parameters)[1]
+
+
+def load_for_inference(
+    workdir: str, mesh: Mesh, step: int | None = None
+) -> tuple[Transformer, Config, Tokenizer]:
+    """The model of a run, adapters merged, with its config and tokenizer.
+
+    Args:
+      step: which checkpoint; None: the newest.
+
+    Raises:
+      UserError: there is no such run or checkpoint.
+    """
+    config, tokenizer = _config_of_run(workdir)
+    config.model = lora.base_config(config.model)
+    config.model.attention = "auto"  # whatever the platform that trained it had
+    parameters = load_weights(find(workdir, step), config.model, mesh)
+    return params_lib.bind(skeleton_of(config.model), parameters), config, tokenizer
+
+
+# What adapters belong to.
+
+
+def source_of(workdir: str, config: Config) -> Source:
+    """What a run starts from: for adapters that are there already, the very same as before."""
+    if os.path.exists(os.path.join(workdir, _PIN)):
+        return pinned(workdir)
+    return find(config.init_from)
+
+
+def pin(workdir: str, source: Source) -> None:
+    """Notes in `workdir` which weights its adapters belong to."""
+    path = os.path.abspath(source.path)
+    values = {"path": path, "step": source.step, "fingerprint": fingerprint(source)}
+    try:
+        write_whole(os.path.join(workdir, _PIN), json.dumps(values, indent=2) + "\n")
+    except OSError as e:
+        raise UserError(f"--workdir: '{workdir}' cannot be written: {e.strerror}") from None
+
+
+def pinned(workdir: str) -> Source:
+    """The weights that the adapters of `workdir` belong to.
+
+    Raises:
+      UserError: they have gone, or are others than they were.
+    """
+    note = os.path.join(workdir, _PIN)
+    try:
+        with open(note, encoding="utf-8") as f:
+            values = json.load(f)
+        source, wanted = Source(str(values["path"]), values["step"]), values["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{note} cannot be read ({type(e).__name__}): it says which weights the adapters in"
+            f" '{workdir}' belong to"
+        ) from None
+    advice = f"put it back, or, if it was moved, say in {note} where it is now"
+    try:
+        found = fingerprint(find(source.path, source.step))
+    except UserError as e:
+        raise UserError(
+            f"the adapters in '{workdir}' belong to the weights of {source}, which cannot be read:"
+            f" {advice}\n{e}"
+        ) from None
+    if found != wanted:
+        raise UserError(
+            f"the adapters in '{workdir}' belong to the weights of {source}, and what lies there"
+            f" now is not what it was when they were trained: {advice}"
+        )
+    return source
+
+
+def fingerprint(source: Source) -> str:
+    """Tells weights from others without reading all of them.
+
+    Of a checkpoint: the names and sizes of its files, and what small ones hold. The names of those
+    with the numbers are drawn at random by each save.
+    """
+    if source.step is None:
+        return pretrained.fingerprint(source.path)
+    digest = hashlib.sha256()
+    folder = os.path.join(source.path, "checkpoints", str(source.step), "parameters")
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            size = os.path.getsize(path)
+            digest.update(f"{os.path.relpath(path, folder)} {size}\n".encode())
+            if size <= 65_536:
+                with open(path, "rb") as f:
+                    digest.update(f.read())
+    if os.path.exists(os.path.join(source.path, _PIN)):
+        with open(os.path.join(source.path, _PIN), "rb") as f:
+            digest.update(f.read())
+    return digest.hexdigest()
