@@ -200,7 +200,8 @@ class TrainingConfig:
     evaluate_batch_size: int | None = resumable(None)  # rows; None: a micro-batch
     sample_every: int = resumable(0)  # steps; 0: at the start and at the end
     sample_prompt: str = resumable("")
-    sample_tokens: int = resumable(0)  # 0: no samples
+    # To generate; of a masked model, to hide in the prompt and fill in. 0: no samples.
+    sample_tokens: int = resumable(0)
 
 
 @dataclasses.dataclass

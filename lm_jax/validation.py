@@ -136,6 +136,11 @@ def _checks(config: Config):
         "data.length",
         f"masked rows have {LEAST_MASKED_LENGTH} tokens or more, not {data.length}",
     )
+    yield (
+        not masked or not training.sample_tokens or bool(training.sample_prompt),
+        "training.sample_prompt",
+        "a masked model fills in tokens of it: give a text, or set training.sample_tokens=0",
+    )
     yield bool(data.sources), "data.sources", "name at least one file, folder, glob or data set"
     yield (
         not data.weights or len(data.weights) == len(data.sources),

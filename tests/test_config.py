@@ -95,6 +95,7 @@ WRONG = [
     ("training.evaluate_every", {"training__evaluate_every": -1}),
     ("training.sample_every", {"training__sample_every": -1}),
     ("training.sample_tokens", {"training__sample_tokens": -1}),
+    ("training.sample_prompt", MASKED | {"training__sample_tokens": 3}),
     ("training.z_loss", {"training__z_loss": -0.1}),
     ("optimizer.name", {"optimizer__name": "sgd"}),
     ("optimizer.learning_rate", {"optimizer__learning_rate": 0.0}),

@@ -27,8 +27,6 @@ from lm_jax.data.loader import Stream, train_stream
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
-from lm_jax.generation.decoding import Generator
-from lm_jax.generation.sampling import Sampling
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.attention import resolve_backend
 from lm_jax.model.flops import peak_flops, training_flops_per_token
@@ -40,11 +38,10 @@ from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
 from lm_jax.training.masking import make_masking
 from lm_jax.training.metrics import Metrics, Stopwatch, speed
 from lm_jax.training.optimizer import check_rules
+from lm_jax.training.samples import sample
 from lm_jax.training.signals import StopSignal
 from lm_jax.training.step import Step, TrainState, make_step, skeleton_of
 from lm_jax.validation import objective_checks
-
-_SAMPLING = Sampling(temperature=0.8, top_k=40)  # of the samples that a run prints
 
 
 def train(config: Config, workdir: str, overridden: Collection[str] = ()) -> int:
@@ -360,13 +357,7 @@ class _Run:
             return
         model = params_lib.bind(self.step.skeleton, state.all_parameters)
         with jax.transfer_guard("allow"):
-            (got,) = Generator(model, self.tokenizer).generate(
-                [training.sample_prompt],
-                max_tokens=training.sample_tokens,
-                sampling=_SAMPLING,
-                seed=training.seed,
-            )
-        text = training.sample_prompt + got.text
+            text = sample(model, self.tokenizer, training)
         with open(os.path.join(self.workdir, "samples.txt"), "a", encoding="utf-8") as f:
             f.write(f"=== step {step} ===\n{text}\n")
         self.metrics.say(f"--- sample at step {step} ---\n{text}\n---")
@@ -375,8 +366,11 @@ class _Run:
         steps = self.config.training.steps
         if caught and step < steps:
             return f"stopped after step {step} of {steps}; the same command goes on"
-        command = f"{_python()} -m lm_jax.generate --workdir={shlex.quote(self.workdir)}"
-        return f"done: step {step} in {self.workdir}\ngenerate from it: {command}"
+        use, what = "generate", "generate from it"
+        if self.step.masking is not None:
+            use, what = "evaluate", "evaluate it"
+        command = f"{_python()} -m lm_jax.{use} --workdir={shlex.quote(self.workdir)}"
+        return f"done: step {step} in {self.workdir}\n{what}: {command}"
 
 
 def _python() -> str:
