@@ -1,9 +1,11 @@
 """Checks on a config that need neither data nor devices, and the values it leaves to be derived."""
 
 import math
+from collections.abc import Iterator
 
-from lm_jax.config import LEAST_MASKED_LENGTH, Config, fits, walk
+from lm_jax.config import LEAST_MASKED_LENGTH, Config, walk
 from lm_jax.errors import UserError
+from lm_jax.model_validation import Check, derive_model, mistakes, model_checks
 
 
 def validate(config: Config) -> Config:
@@ -12,64 +14,32 @@ def validate(config: Config) -> Config:
     Raises:
       UserError: a line for each field that is wrong, with its key.
     """
-    wrong = _types(config) or _choices(config)
-    if not wrong:
-        _derive(config)
-        wrong = [f"{key}: {why}" for ok, key, why in _checks(config) if not ok]
-    if wrong:
+    if wrong := mistakes(config) or _mistakes(config):
         raise UserError("the config is not usable:\n  " + "\n  ".join(wrong))
     return config
 
 
-def _types(config: Config) -> list[str]:
-    wrong = []
-    for key, value, field in walk(config):
-        if not fits(value, field.type):
-            kind = field.type.__name__ if isinstance(field.type, type) else field.type
-            wrong.append(f"{key}: must be {kind}, not {value!r}")
-    return wrong
-
-
-def _choices(config: Config) -> list[str]:
-    wrong = []
-    for key, value, field in walk(config):
-        allowed = field.metadata.get("choices")
-        if allowed and value not in allowed:
-            wrong.append(f"{key}: '{value}' is none of {', '.join(allowed)}")
-    return wrong
+def _mistakes(config: Config) -> list[str]:
+    derive_model(config.model)
+    _derive(config)
+    return [f"{key}: {why}" for ok, key, why in _checks(config) if not ok]
 
 
 def _derive(config: Config) -> None:
-    model, data, training = config.model, config.data, config.training
-    if model.kv_heads is None:
-        model.kv_heads = model.heads
-    if model.head_width is None and model.heads > 0 and model.width % model.heads == 0:
-        model.head_width = model.width // model.heads
-    if model.mlp_width is None:
-        model.mlp_width = 4 * model.width
+    data, training = config.data, config.training
     if data.lanes is None and data.batch_size > 0:
         data.lanes = max(n for n in range(1, 17) if data.batch_size % n == 0)
     if training.evaluate_batch_size is None:
         training.evaluate_batch_size = data.batch_size // max(1, training.accumulation)
 
 
-def _checks(config: Config):
+def _checks(config: Config) -> Iterator[Check]:
     """Yields (holds, key, what to do) in an order in which earlier ones make later ones safe."""
     model, data, optimizer = config.model, config.data, config.optimizer
     training, mesh = config.training, config.mesh
-    yield (
-        model.head_width is not None or model.heads < 1,
-        "model.heads",
-        f"{model.heads} do not divide model.width = {model.width}: or give model.head_width",
-    )
+    wrong = [check for check in model_checks(model) if not check[0]]
+    yield from wrong
     positive = {
-        "model.layers": model.layers,
-        "model.width": model.width,
-        "model.heads": model.heads,
-        "model.kv_heads": model.kv_heads,
-        "model.head_width": 1 if model.head_width is None else model.head_width,
-        "model.mlp_width": model.mlp_width,
-        "model.max_length": model.max_length,
         "tokenizer.vocab_size": config.tokenizer.vocab_size,
         "tokenizer.train_bytes": config.tokenizer.train_bytes,
         "data.length": data.length,
@@ -84,43 +54,16 @@ def _checks(config: Config):
     }
     for key, value in positive.items():
         yield (value or 0) > 0, key, f"must be at least 1, not {value}"
-    if model.head_width is None or any((value or 0) <= 0 for value in positive.values()):
+    if any((value or 0) <= 0 for value in positive.values()):
         return
     for key, value, _ in walk(config):
-        if isinstance(value, float):
+        if isinstance(value, float) and not key.startswith("model."):
             yield math.isfinite(value), key, f"must be a finite number, not {value}"
 
-    yield (
-        model.heads % model.kv_heads == 0,
-        "model.kv_heads",
-        f"{model.kv_heads} does not divide model.heads = {model.heads}",
-    )
-    yield (
-        model.position != "rope" or model.head_width % 2 == 0,
-        "model.head_width",
-        f"rotary positions need an even width, not {model.head_width}",
-    )
-    yield all(w >= 0 for w in model.windows), "model.windows", "each must be at least 0 (0: all)"
-    yield (
-        model.causal or not any(model.windows),
-        "model.windows",
-        "a window is of earlier tokens: it needs model.causal = True",
-    )
-    yield (
-        model.head != "none" or model.tied_head,
-        "model.tied_head",
-        "a model without a head has none of its own: leave it True",
-    )
-    yield 0 <= model.dropout < 1, "model.dropout", f"must be in [0, 1), not {model.dropout}"
     yield (
         data.length <= model.max_length,
         "data.length",
         f"{data.length} tokens a row, but model.max_length = {model.max_length}",
-    )
-    yield (
-        model.vocab_size is None or model.vocab_size > 0,
-        "model.vocab_size",
-        f"must be at least 1, not {model.vocab_size}",
     )
     masked = data.objective == "masked"
     if not config.init_from:  # then the model is another than this
@@ -213,12 +156,10 @@ def _checks(config: Config):
         ),
     )
     above_0 = "optimizer.learning_rate optimizer.muon_learning_rate optimizer.epsilon"
-    above_0 += " model.norm_epsilon model.init_std model.rope_theta model.rope_scaling.factor"
-    above_0 += " model.window_rope_theta model.attention_scale"
-    above_0 += " model.rope_scaling.original_length optimizer.decay_steps checkpoint.keep_every"
+    above_0 += " optimizer.decay_steps checkpoint.keep_every"
     from_0 = "optimizer.clip_norm optimizer.warmup_steps optimizer.weight_decay training.z_loss"
     from_0 += " training.evaluate_every training.sample_every training.sample_tokens"
-    from_0 += " checkpoint.every model.token_types model.attention_softcap model.logits_softcap"
+    from_0 += " checkpoint.every"
     parts = "optimizer.b1 optimizer.b2 optimizer.muon_momentum"
     for key, value, _ in walk(config):
         if value is not None and key in above_0.split():
@@ -233,14 +174,12 @@ def _checks(config: Config):
         f"must be above 0 and at most 1 (1: all layers alike), not {optimizer.layer_decay}",
     )
     yield all(optimizer.freeze), "optimizer.freeze", "an empty pattern matches nothing"
-    yield from _check_adapters(config)
-    yield 0 <= optimizer.final_fraction <= 1, "optimizer.final_fraction", "must be in [0, 1]"
-    scaling = model.rope_scaling
     yield (
-        scaling.high_frequency_factor > scaling.low_frequency_factor,
-        "model.rope_scaling.high_frequency_factor",
-        f"must be above low_frequency_factor = {scaling.low_frequency_factor}",
+        not model.lora.rank or bool(config.init_from),
+        "model.lora.rank",
+        "adapters need weights that they belong to: name them with init_from",
     )
+    yield 0 <= optimizer.final_fraction <= 1, "optimizer.final_fraction", "must be in [0, 1]"
     axes = (mesh.data, mesh.fsdp, mesh.tensor)
     yield (
         all(n == -1 or n > 0 for n in axes) and axes.count(-1) <= 1,
@@ -255,7 +194,7 @@ def _checks(config: Config):
     )
 
 
-def objective_checks(config: Config):
+def objective_checks(config: Config) -> Iterator[Check]:
     """Yields (holds, key, what to do): whether the model can learn what the data asks for."""
     model, objective = config.model, config.data.objective
     masked = objective == "masked"
@@ -271,25 +210,4 @@ def objective_checks(config: Config):
         model.head == head,
         "model.head",
         f"must be '{head}' for data.objective '{objective}', not '{model.head}'",
-    )
-
-
-def _check_adapters(config: Config):
-    lora, gated = config.model.lora, config.model.gated_mlp
-    yield lora.rank >= 0, "model.lora.rank", f"must be at least 0 (0: none), not {lora.rank}"
-    if lora.rank <= 0:
-        return
-    yield (
-        bool(config.init_from),
-        "model.lora.rank",
-        "adapters need weights that they belong to: name them with init_from",
-    )
-    yield lora.alpha > 0, "model.lora.alpha", f"must be above 0, not {lora.alpha}"
-    places = ("query", "key", "value", "out", "up", *(("gate",) if gated else ()), "down")
-    wrong = [name for name in lora.targets if name not in places]
-    yield (
-        bool(lora.targets) and not wrong and len(set(lora.targets)) == len(lora.targets),
-        "model.lora.targets",
-        (f"'{wrong[0]}' is no projection of this model" if wrong else f"{lora.targets}")
-        + f": name each once, of {', '.join(places)}",
     )

@@ -155,7 +155,7 @@ def test_every_field_is_read_outside_of_the_config():
     folder = pathlib.Path(lm_jax.__file__).parent
     read = set()
     for path in folder.rglob("*.py"):
-        if path.name not in ("config.py", "validation.py"):
+        if path.name not in ("config.py", "validation.py", "model_validation.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                     read.add(node.attr)

@@ -3,13 +3,11 @@
 import json
 from typing import Any
 
-from lm_jax.config import ModelConfig, RopeScaling, walk
+from lm_jax.config import NOT_OF_THE_WEIGHTS, ModelConfig, RopeScaling, walk
 from lm_jax.errors import UserError
 from lm_jax.interop.family import Family, Json
 from lm_jax.interop.registry import FAMILIES
-
-# Not written in config.json, or how it is computed and not what.
-_NOT_SHAPE = ("dropout", "dtype", "remat", "scan_layers", "attention", "lora", "family")
+from lm_jax.model_validation import validate_model
 
 _MOST_LAYERS, _LARGEST = 10_000, 2**31 - 1
 
@@ -89,28 +87,10 @@ def read_config(family: Family, hf: Json, where: str, names: set[str] | None = N
     if fields["head"] == "none":
         fields["tied_head"] = True
     fields |= {ours: theirs in (names or ()) for ours, theirs in family.has.items()}
-    return _typed(fields, where)
-
-
-def _typed(fields: dict[str, Any], where: str) -> ModelConfig:
+    if fields["vocab_size"] is None:
+        raise UserError(f"{where}: vocab_size must be a whole number, not null")
     scaling = RopeScaling(**fields.pop("rope_scaling", {}))
-    model = ModelConfig(**fields, rope_scaling=scaling)
-    model.kv_heads = model.heads if model.kv_heads is None else model.kv_heads
-    whole = "vocab_size layers width heads kv_heads mlp_width max_length"
-    for name in [*whole.split(), "head_width"]:
-        value = getattr(model, name)
-        if name == "head_width" and value is None:
-            if model.width % model.heads:
-                raise UserError(f"{where}: {model.heads} heads do not divide {model.width}")
-            value = model.head_width = model.width // model.heads
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{where}: {name} must be a whole number from 1 on, not {value!r}")
-    for name, value, field in walk(model):
-        if field.type is float and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise UserError(f"{where}: {name} must be a number, not {value!r}")
-        if field.type is bool and not isinstance(value, bool):
-            raise UserError(f"{where}: {name} must be true or false, not {value!r}")
-    return model
+    return validate_model(ModelConfig(**fields, rope_scaling=scaling), where)
 
 
 def write_config(family: Family, model: ModelConfig) -> Json:
@@ -127,7 +107,9 @@ def write_config(family: Family, model: ModelConfig) -> Json:
     hf |= {"model_type": family.model_type, "architectures": classes[:1]}
     names = {tensor for field, tensor in family.has.items() if getattr(model, field)}
     again = read_config(family, hf, family.model_type, names)
-    before = {k: v for k, v, _ in walk(model) if not k.startswith(_NOT_SHAPE)}
+    before = {
+        k: v for k, v, _ in walk(model) if k.split(".")[0] not in (*NOT_OF_THE_WEIGHTS, "family")
+    }
     wrong = [
         f"model.{k} = {before[k]!r}, there {v!r}"
         for k, v, _ in walk(again)
