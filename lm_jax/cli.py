@@ -37,6 +37,41 @@ def define_config_flag() -> flags.FlagHolder:
     )
 
 
+def define_model_flag() -> flags.FlagHolder:
+    """--model, and --workdir as another name for it; see `model_of`."""
+    holder = flags.DEFINE_string(
+        "model", None, "The folder of a training run, or a Hugging Face folder."
+    )
+    flags.DEFINE_alias("workdir", "model")
+    return holder
+
+
+def model_of(flag: flags.FlagHolder) -> str:
+    """The folder that --model or --workdir names.
+
+    Raises:
+      UserError: neither is given.
+    """
+    names = [arg.lstrip("-").partition("=")[0] for arg in sys.argv[1:] if arg.startswith("-")]
+    if {"model", "workdir"} <= set(names):
+        raise UserError("--model and --workdir name the same thing: give one of them")
+    if not flag.value:
+        raise UserError(
+            "which model? give --model=DIR, the folder that training wrote (its --workdir) or a"
+            " Hugging Face folder"
+        )
+    return flag.value
+
+
+def define_dtype_flag() -> flags.FlagHolder:
+    return flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["bfloat16", "float32"],
+        "To compute in; default: the run's. Of a published model: bfloat16, float32 on CPUs.",
+    )
+
+
 def _comments() -> dict[str, str]:
     """Key -> its comment, read from where the field is declared: said once, shown here as well.
 

@@ -1,4 +1,4 @@
-"""python -m lm_jax.evaluate --workdir=DIR [--source=PATH ...]
+"""python -m lm_jax.evaluate --model=DIR [--source=PATH ...]
 
 Loss, perplexity, accuracy and bits per byte of a text under a trained model; without a source, of
 the run's own validation split. A masked language model is measured on masked tokens.
@@ -9,9 +9,8 @@ import json
 from absl import flags
 
 from lm_jax import cli
-from lm_jax.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.")
+_MODEL = cli.define_model_flag()
 _SOURCE = flags.DEFINE_multi_string(
     "source", [], "What to evaluate on, all of it: as data.sources. May be given more than once."
 )
@@ -23,6 +22,7 @@ _ON_ERROR = flags.DEFINE_enum(
     "on_error", None, ["raise", "skip"], "As data.on_error; default: the run's."
 )
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.")
+_DTYPE = cli.define_dtype_flag()
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows at a time; default: the run's.")
 _LENGTH = flags.DEFINE_integer("length", None, "Tokens a row; default: the run's.")
 _MAX_BATCHES = flags.DEFINE_integer("max_batches", None, "A sample of so many; default: all.")
@@ -30,14 +30,13 @@ _MAX_BATCHES = flags.DEFINE_integer("max_batches", None, "A sample of so many; d
 
 def main(argv: list[str]) -> None:
     del argv
-    if not _WORKDIR.value:
-        raise UserError("which run? give --workdir=DIR")
+    model = cli.model_of(_MODEL)
 
     from lm_jax import runtime
 
     runtime.configure()
 
-    from lm_jax.training.evaluation import evaluate_workdir
+    from lm_jax.training.evaluation import evaluate_model
 
     overrides = {
         "document": _DOCUMENT.value,
@@ -46,9 +45,10 @@ def main(argv: list[str]) -> None:
         "on_error": _ON_ERROR.value,
         "validation_sources": tuple(_SOURCE.value) or None,
     }
-    result = evaluate_workdir(
-        _WORKDIR.value,
+    result = evaluate_model(
+        model,
         step=_STEP.value,
+        dtype=_DTYPE.value,
         batch_size=_BATCH_SIZE.value,
         max_batches=_MAX_BATCHES.value,
         **{key: value for key, value in overrides.items() if value is not None},

@@ -1,4 +1,4 @@
-"""Continues prompts with a trained model: python -m lm_jax.generate --workdir=DIR"""
+"""Continues prompts with a trained or published model: python -m lm_jax.generate --model=DIR"""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from absl import flags
 from lm_jax import cli
 from lm_jax.errors import UserError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.")
+MODEL = cli.define_model_flag()
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.", lower_bound=0)
 PROMPT = flags.DEFINE_multi_string(
     "prompt", [], "Text to continue; may be repeated. Default: none, the model begins a document."
@@ -29,6 +29,7 @@ REPETITION_PENALTY = flags.DEFINE_float(
 )
 STOP = flags.DEFINE_multi_string("stop", [], r"Ends the text; may be repeated. \n is a line end.")
 SEED = flags.DEFINE_integer("seed", 0, "The same draws the same.", 0, 2**32 - 1)
+DTYPE = cli.define_dtype_flag()
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts at a time.", 1)
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices to split the model over.", 1)
 OUTPUT = flags.DEFINE_string("output", None, "A new file for the results, as JSON lines.")
@@ -39,8 +40,7 @@ STREAM = flags.DEFINE_bool(
 
 def main(argv: list[str]) -> None:
     del argv
-    if not WORKDIR.value:
-        raise UserError("which run? give --workdir=DIR, the folder that training wrote")
+    path = cli.model_of(MODEL)
     from lm_jax.generation.prompts import read_prompts
     from lm_jax.generation.sampling import Sampling
 
@@ -68,12 +68,12 @@ def main(argv: list[str]) -> None:
     if TENSOR.value > jax.device_count():
         raise UserError(f"--tensor={TENSOR.value}: this machine has {jax.device_count()} device(s)")
     mesh = make_mesh(MeshConfig(data=1, tensor=TENSOR.value), jax.devices()[: TENSOR.value])
-    model, _, tokenizer = load_for_inference(WORKDIR.value, mesh, step=STEP.value)
+    loaded = load_for_inference(path, mesh, STEP.value, DTYPE.value)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows '?'
     if stream:
         print(prompts[0], end="", flush=True)
     with jax.set_mesh(mesh):
-        completions = Generator(model, tokenizer).generate(
+        completions = Generator(loaded.model, loaded.tokenizer).generate(
             prompts,
             max_tokens=MAX_TOKENS.value,
             sampling=sampling,

@@ -46,7 +46,6 @@ def _checks(config: Config) -> Iterator[Check]:
         "data.batch_size": data.batch_size,
         "data.packing_bins": data.packing_bins,
         "data.lanes": data.lanes,
-        "training.steps": training.steps,
         "training.accumulation": training.accumulation,
         "training.evaluate_batch_size": training.evaluate_batch_size,
         "logging.every": config.logging.every,
@@ -84,7 +83,12 @@ def _checks(config: Config) -> Iterator[Check]:
         "training.sample_prompt",
         "a masked model fills in tokens of it: give a text, or set training.sample_tokens=0",
     )
-    yield bool(data.sources), "data.sources", "name at least one file, folder, glob or data set"
+    yield training.steps >= 0, "training.steps", f"must be at least 0, not {training.steps}"
+    yield (
+        bool(data.sources) or training.steps == 0,
+        "data.sources",
+        "name at least one file, folder, glob or data set",
+    )
     yield (
         not data.weights or len(data.weights) == len(data.sources),
         "data.weights",

@@ -91,6 +91,7 @@ WRONG = [
     ("training.loss_chunk", {"training__loss_chunk": 1000}),
     ("training.loss_chunk", MASKED | {"training__loss_chunk": 1024}),  # of 160 predictions
     ("training.seed", {"training__seed": -1}),
+    ("training.steps", {"training__steps": -1}),
     ("training.evaluate_batches", {"training__evaluate_batches": 0}),
     ("training.evaluate_every", {"training__evaluate_every": -1}),
     ("training.sample_every", {"training__sample_every": -1}),

@@ -17,7 +17,7 @@ from lm_jax.errors import UserError
 from lm_jax.model import parameters as params_lib
 from lm_jax.sharding.mesh import make_mesh
 from lm_jax.training import weights
-from lm_jax.training.evaluation import evaluate_workdir
+from lm_jax.training.evaluation import evaluate_model
 from lm_jax.training.loop import train
 from lm_jax.training.weights import load_for_inference
 from lm_jax.training.workdir import read_config
@@ -77,7 +77,7 @@ def adapted(tmp_path_factory, corpus, base) -> str:
 def loaded(workdir: str) -> dict[str, np.ndarray]:
     """The parameters that inference sees."""
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    return jax.device_get(params_lib.split(load_for_inference(workdir, mesh)[0]))
+    return jax.device_get(params_lib.split(load_for_inference(workdir, mesh).model))
 
 
 def size(folder: pathlib.Path) -> int:
@@ -180,10 +180,10 @@ def test_inference_sees_the_sum_of_base_and_adapters(adapted, base):
     assert changed == {"blocks.attention.query", "blocks.attention.out", "blocks.mlp.down"}
     records = (pathlib.Path(adapted) / "metrics.jsonl").read_text().splitlines()
     (validation,) = [r for r in map(json.loads, records) if r["kind"] == "validation"]
-    got = evaluate_workdir(adapted)
+    got = evaluate_model(adapted)
     assert got["tokens"] == validation["tokens"]
     np.testing.assert_allclose(got["loss"], validation["loss"], rtol=1e-5)
-    assert abs(got["loss"] - evaluate_workdir(base)["loss"]) > 0.01
+    assert abs(got["loss"] - evaluate_model(base)["loss"]) > 0.01
 
 
 def test_a_run_may_start_from_merged_adapters(corpus, adapted, tmp_path):

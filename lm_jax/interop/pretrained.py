@@ -21,6 +21,7 @@ from lm_jax.interop.safetensors import Weights, open_weights
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.parameters import Parameters
 from lm_jax.model.transformer import skeleton_of
+from lm_jax.sharding.mesh import check_parameters
 
 _LISTED = 10  # tensors that one message names
 
@@ -55,10 +56,13 @@ def load_parameters(path: str, config: ModelConfig, mesh: Mesh) -> Parameters:
       config: as `read_model_config` gives it; what is not of the weights may differ.
 
     Raises:
-      UserError: tensors are missing, of another shape or not known; the message names each.
+      UserError: tensors are missing, of another shape or not known, or the mesh does not divide
+        them; the message names each.
     """
     with jax.set_mesh(mesh):
         folder, abstract = _checked(path, config)
+        shapes = {name: x.shape for name, x in abstract.items()}
+        check_parameters(shapes, params_lib.logical_axes(skeleton_of(config)), mesh)
     out = {}
     for weight in folder.family.weights(config):
         x = abstract[weight.ours]

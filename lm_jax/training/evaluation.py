@@ -1,7 +1,6 @@
-"""The loss of a finished run's model on a text."""
+"""The loss of a model on a text."""
 
 import dataclasses
-import os
 from typing import Any
 
 import jax
@@ -13,18 +12,17 @@ from lm_jax.errors import UserError
 from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
 from lm_jax.model import parameters as params_lib
 from lm_jax.sharding.mesh import batch_shards, make_mesh, to_devices
-from lm_jax.training.checkpoint import Checkpoints
 from lm_jax.training.masking import make_masking
 from lm_jax.training.metrics import progress_bar
 from lm_jax.training.step import make_step
 from lm_jax.training.weights import load_for_inference
-from lm_jax.training.workdir import read_config
 
 
-def evaluate_workdir(
-    workdir: str,
+def evaluate_model(
+    path: str,
     *,
     step: int | None = None,
+    dtype: str | None = None,
     batch_size: int | None = None,
     max_batches: int | None = None,
     **data: Any,
@@ -32,23 +30,25 @@ def evaluate_workdir(
     """Loss, perplexity, accuracy and bits per byte, as `evaluate_loss` gives them.
 
     Args:
+      path: a workdir or a Hugging Face folder.
       step: which checkpoint; None: the newest.
+      dtype: see `load_for_inference`.
       batch_size: rows at a time; None: the run's. Rounded up to a multiple of the devices.
       max_batches: a sample of the text; None: all of it.
       data: fields of `DataConfig` that differ from the run's.
 
     Raises:
-      UserError: there is no such run, the text cannot be read, or a field does not fit the model.
+      UserError: there is no such model, the text cannot be read, or a field does not fit the model.
     """
     for name, value in (("batch_size", batch_size), ("max_batches", max_batches)):
         if value is not None and value < 1:
             raise UserError(f"--{name}: must be at least 1, not {value}")
     mesh = make_mesh(MeshConfig())
-    read_config(workdir)  # says so if there is no run
-    with Checkpoints(workdir) as checkpoints:
-        step = checkpoints.choose(step)
-    model, config, tokenizer = load_for_inference(workdir, mesh, step)
+    loaded = load_for_inference(path, mesh, step, dtype)
+    model, config, tokenizer = loaded.model, loaded.config, loaded.tokenizer
     config.data = dataclasses.replace(config.data, **data)
+    if not (config.data.validation_sources or config.data.sources):
+        raise UserError("--source: name a text: this model has none of its own")
     least = LEAST_MASKED_LENGTH if config.data.objective == "masked" else 1
     if not least <= config.data.length <= config.model.max_length:
         raise UserError(
@@ -83,4 +83,5 @@ def evaluate_workdir(
             batches,
             count,
         )
-    return {"workdir": os.path.abspath(workdir), "step": step, "sources": sources} | values
+    source = loaded.source
+    return {"model": source.path, "step": source.step, "sources": sources} | values

@@ -202,7 +202,7 @@ class _Run:
             self.origin = f"starts from the weights of {self.source}"
             given = weights.load_weights(self.source, base_config(model), self.mesh)
         if newest is None:
-            return jax.jit(self.step.init_from)(given), 0
+            return jax.jit(self.step.init_from, donate_argnums=0)(given), 0
         abstract = jax.eval_shape(self.step.init)
         state, data = self.checkpoints.restore(newest, abstract, self.mesh, given)
         self.stream.set_state(data)

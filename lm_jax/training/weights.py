@@ -49,6 +49,8 @@ def find(path: str, step: int | None = None) -> Source:
     Raises:
       UserError: there are none.
     """
+    if step is not None and not _is_run(path):
+        raise UserError(f"'{path}' is no run, so it has no checkpoint of step {step}")
     if _is_run(path):
         read_config(path)  # says so if it is none after all
         with Checkpoints(path) as checkpoints:
@@ -69,10 +71,10 @@ def _is_run(path: str) -> bool:
 
 def _pretrained(path: str) -> str:
     if not os.path.isdir(path):
-        raise UserError(f"init_from: there is no folder '{path}'")
+        raise UserError(f"there is no folder '{path}'")
     if not pretrained.is_pretrained(path):
         raise UserError(
-            f"init_from: '{path}' is neither the workdir of a run nor a Hugging Face folder: both"
+            f"'{path}' is neither the workdir of a run nor a Hugging Face folder: both"
             " have a config.json, with the sections of a run or with 'model_type'"
         )
     return path
@@ -146,9 +148,7 @@ def load_weights(source: Source, config: ModelConfig, mesh: Mesh) -> Parameters:
     if source.step is None:
         return pretrained.load_parameters(source.path, config, mesh)
     adapted = dataclasses.replace(config, lora=read_config(source.path).model.lora)
-    abstract = abstract_parameters(skeleton_of(adapted), mesh)
-    with Checkpoints(source.path) as checkpoints:
-        parameters = checkpoints.restore_parameters(source.step, abstract, mesh)
+    parameters = load_saved(source, adapted, mesh)
     if not adapted.lora.rank:
         return parameters
     base = load_weights(pinned(source.path), config, mesh)
@@ -156,22 +156,62 @@ def load_weights(source: Source, config: ModelConfig, mesh: Mesh) -> Parameters:
         return lora.merge(adapted, base | parameters)[1]
 
 
+def load_saved(source: Source, config: ModelConfig, mesh: Mesh) -> Parameters:
+    """What a run's checkpoint holds: of a `config` with adapters, them alone."""
+    abstract = abstract_parameters(skeleton_of(config), mesh)
+    with Checkpoints(source.path) as checkpoints:
+        return checkpoints.restore_parameters(source.step, abstract, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model that can be used, with what belongs to it."""
+
+    model: Transformer
+    config: Config
+    tokenizer: Tokenizer
+    source: Source
+
+
 def load_for_inference(
-    workdir: str, mesh: Mesh, step: int | None = None
-) -> tuple[Transformer, Config, Tokenizer]:
-    """The model of a run, adapters merged, with its config and tokenizer.
+    path: str, mesh: Mesh, step: int | None = None, dtype: str | None = None
+) -> Loaded:
+    """The model of a run, adapters merged, or a published one.
 
     Args:
-      step: which checkpoint; None: the newest.
+      path: a workdir or a Hugging Face folder.
+      step: of a run, which checkpoint; None: the newest.
+      dtype: to compute in; None: the run's; of a published model, bfloat16 but on CPUs, which are
+        slower at that, float32.
 
     Raises:
-      UserError: there is no such run or checkpoint.
+      UserError: there is no such model or checkpoint.
     """
-    config, tokenizer = _config_of_run(workdir)
-    config.model = lora.base_config(config.model)
+    source = find(path, step)
+    config, tokenizer = settings_of(source)
+    if source.step is None:
+        config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    config.model.dtype = dtype or config.model.dtype
     config.model.attention = "auto"  # whatever the platform that trained it had
-    parameters = load_weights(find(workdir, step), config.model, mesh)
-    return params_lib.bind(skeleton_of(config.model), parameters), config, tokenizer
+    parameters = load_weights(source, config.model, mesh)
+    model = params_lib.bind(skeleton_of(config.model), parameters)
+    return Loaded(model, config, tokenizer, source)
+
+
+def settings_of(source: Source) -> tuple[Config, Tokenizer]:
+    """Config, without adapters, and tokenizer. A published model is a run of no step on no text."""
+    if source.step is not None:
+        config, tokenizer = _config_of_run(source.path)
+        config.model = lora.base_config(config.model)
+        return config, tokenizer
+    config = Config(model=pretrained.read_model_config(source.path))
+    config.tokenizer = TokenizerConfig(kind="file", path=source.path)
+    config.data.objective = "next_token" if config.model.causal else "masked"
+    config.data.length = min(config.data.length, config.model.max_length)
+    config.training.steps = 0
+    tokenizer = load_tokenizer(source.path)
+    config.init_from = source.path  # the head, say, need not be one that can be trained
+    return with_vocabulary(validate(config), tokenizer), tokenizer
 
 
 # What adapters belong to.

@@ -1,0 +1,135 @@
+"""Runs to published folders and back."""
+
+import math
+import os
+
+import jax
+
+from lm_jax.config import Config, MeshConfig, ModelConfig
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
+from lm_jax.interop import verify
+from lm_jax.interop.export import SHARD_BYTES, save_pretrained
+from lm_jax.interop.peft import save_adapters
+from lm_jax.interop.tokenizer_export import write_huggingface_tokenizer
+from lm_jax.interop.verify import Comparison
+from lm_jax.model import parameters as params_lib
+from lm_jax.model.transformer import Transformer
+from lm_jax.sharding.mesh import make_mesh
+from lm_jax.training import weights
+from lm_jax.training import workdir as workdir_lib
+from lm_jax.training.checkpoint import Checkpoints
+from lm_jax.training.weights import Loaded, Source
+
+
+def load(path: str, step: int | None = None) -> Loaded:
+    """The model at `path` in float32, its parameters shared out over all devices."""
+    mesh = _mesh_for(weights.model_of(path))
+    return weights.load_for_inference(path, mesh, step, "float32")
+
+
+def _mesh_for(model: ModelConfig) -> jax.sharding.Mesh:
+    """All devices, over as many of which as possible the parameters are shared out."""
+    return make_mesh(MeshConfig(data=-1, fsdp=math.gcd(model.width, jax.device_count())))
+
+
+def to_huggingface(
+    loaded: Loaded,
+    output: str,
+    *,
+    family: str | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = SHARD_BYTES,
+) -> tuple[str, str | None]:
+    """Writes a folder that Transformers loads.
+
+    Args:
+      family: its model_type; None: that it was read from, or the first that has this shape.
+
+    Returns:
+      The family, and why there is no tokenizer in the folder, where there is none.
+
+    Raises:
+      UserError: no family has such a model, or the folder is not free.
+    """
+    _check_free(output)
+    config, tokenizer = loaded.model.config, loaded.tokenizer
+    if family is not None:
+        config.family = family
+    with jax.set_mesh(_mesh_of(loaded.model)):
+        chosen = save_pretrained(
+            output,
+            config,
+            params_lib.split(loaded.model),
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            token_ids=_token_ids(tokenizer),
+        )
+    missing = None
+    if jax.process_index() == 0:
+        try:
+            write_huggingface_tokenizer(tokenizer, output, config.max_length)
+        except UserError as e:
+            missing = str(e)
+    return chosen.model_type, missing
+
+
+def to_workdir(loaded: Loaded, workdir: str) -> None:
+    """Writes a published model as the workdir of a run of no steps.
+
+    Raises:
+      UserError: the folder is not free.
+    """
+    _check_free(workdir)
+    config = Config(model=loaded.config.model, data=loaded.config.data)
+    config.tokenizer, config.training.steps = loaded.config.tokenizer, 0
+    config.init_from = loaded.source.path
+    workdir_lib.check(workdir, config)
+    with Checkpoints(workdir, config.checkpoint) as checkpoints:
+        checkpoints.save_parameters(0, params_lib.split(loaded.model))
+    if jax.process_index() == 0:
+        workdir_lib.settle(workdir, config, loaded.tokenizer)
+
+
+def to_peft(workdir: str, output: str, step: int | None = None) -> str:
+    """Writes a run's adapters as peft has them; returns the path of the model they belong to.
+
+    Raises:
+      UserError: the run has none, or they belong to no published model, or the folder is not free.
+    """
+    _check_free(output)
+    model = workdir_lib.read_config(workdir).model
+    if not model.lora.rank:
+        raise UserError(f"'{workdir}' holds no adapters: it was trained with model.lora.rank = 0")
+    base: Source = weights.pinned(workdir)
+    if base.step is not None:
+        raise UserError(
+            f"the adapters in '{workdir}' belong to the weights of the run {base}, and peft loads"
+            " adapters of published models: export them merged, with --to=huggingface"
+        )
+    adapters = weights.load_saved(weights.find(workdir, step), model, _mesh_for(model))
+    save_adapters(output, model, adapters, base.path)
+    return base.path
+
+
+def _token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def _mesh_of(model: Transformer) -> jax.sharding.Mesh:
+    return model.embedding.get_value().sharding.mesh
+
+
+def _check_free(folder: str) -> None:
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise UserError(f"--output: '{folder}' is there already: name a new folder")
+
+
+def compare(loaded: Loaded, folder: str) -> Comparison:
+    """The loaded model against the published folder in Transformers; see `interop.verify`."""
+    with jax.set_mesh(_mesh_of(loaded.model)):
+        return verify.compare(loaded.model, folder)
