@@ -123,8 +123,7 @@ def _checks(config: Config):
         f"must be at least 1, not {model.vocab_size}",
     )
     masked = data.objective == "masked"
-    if not config.init_from:  # then the model is another than this
-        yield from objective_checks(config)
+    yield from _check_objective(config)
     yield 0 < data.mask_rate < 1, "data.mask_rate", f"must be in (0, 1), not {data.mask_rate}"
     yield (
         masked or not data.mask_whole_words,
@@ -250,8 +249,8 @@ def _checks(config: Config):
     )
 
 
-def objective_checks(config: Config):
-    """Yields (holds, key, what to do): whether the model can learn what the data asks for."""
+def _check_objective(config: Config):
+    """Whether the model can learn what the data asks for."""
     model, objective = config.model, config.data.objective
     masked = objective == "masked"
     yield (
@@ -270,6 +269,7 @@ def objective_checks(config: Config):
 
 
 def _check_adapters(config: Config):
+    """Whether they have weights to belong to, and each a place."""
     lora, gated = config.model.lora, config.model.gated_mlp
     yield lora.rank >= 0, "model.lora.rank", f"must be at least 0 (0: none), not {lora.rank}"
     if lora.rank <= 0:
