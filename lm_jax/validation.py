@@ -65,8 +65,8 @@ def _checks(config: Config) -> Iterator[Check]:
         f"{data.length} tokens a row, but model.max_length = {model.max_length}",
     )
     masked = data.objective == "masked"
-    if not config.init_from:  # then the model is another than this
-        yield from objective_checks(config)
+    if training.steps:
+        yield from _check_objective(config)
     yield 0 < data.mask_rate < 1, "data.mask_rate", f"must be in (0, 1), not {data.mask_rate}"
     yield (
         masked or not data.mask_whole_words,
@@ -198,8 +198,8 @@ def _checks(config: Config) -> Iterator[Check]:
     )
 
 
-def objective_checks(config: Config) -> Iterator[Check]:
-    """Yields (holds, key, what to do): whether the model can learn what the data asks for."""
+def _check_objective(config: Config) -> Iterator[Check]:
+    """Whether the model can learn what the data asks for."""
     model, objective = config.model, config.data.objective
     masked = objective == "masked"
     yield (

@@ -32,6 +32,8 @@ def config(**changes) -> Config:
 
 
 MASKED = {"data__objective": "masked", "model__causal": False, "model__head": "masked_lm"}
+ADAPTERS = {"model__lora__rank": 4, "init_from": "runs/base"}
+
 WRONG = [
     ("model.layers", {"model__layers": 0}),
     ("model.heads", {"model__heads": 7}),
@@ -110,6 +112,16 @@ WRONG = [
     ("optimizer.muon_momentum", {"optimizer__muon_momentum": 1.0}),
     ("optimizer.weight_decay", {"optimizer__weight_decay": -0.1}),
     ("optimizer.clip_norm", {"optimizer__clip_norm": -1.0}),
+    ("optimizer.layer_decay", {"optimizer__layer_decay": 0.0}),
+    ("optimizer.layer_decay", {"optimizer__layer_decay": 1.1}),
+    ("optimizer.freeze", {"optimizer__freeze": ("embedding", "")}),
+    ("model.lora.rank", {"model__lora__rank": -1}),
+    ("model.lora.rank", {"model__lora__rank": 4}),  # of no weights
+    ("model.lora.alpha", ADAPTERS | {"model__lora__alpha": 0.0}),
+    ("model.lora.targets", ADAPTERS | {"model__lora__targets": ()}),
+    ("model.lora.targets", ADAPTERS | {"model__lora__targets": ("query", "query")}),
+    ("model.lora.targets", ADAPTERS | {"model__lora__targets": ("query", "head")}),
+    ("model.lora.targets", ADAPTERS | {"model__lora__targets": ("gate",)}),  # and not gated
     ("mesh", {"mesh__data": 0}),
     ("mesh", {"mesh__data": -1, "mesh__fsdp": -1}),
     ("checkpoint.keep", {"checkpoint__keep": 0}),
@@ -124,6 +136,7 @@ WRONG = [
 @pytest.mark.parametrize("key, changes", WRONG, ids=[str(c) for _, c in WRONG])
 def test_what_cannot_work_is_refused_by_name(key, changes):
     validate(config())
+    validate(config(**ADAPTERS))
     with pytest.raises(UserError) as error:
         validate(config(**changes))
     lines = str(error.value).splitlines()[1:]

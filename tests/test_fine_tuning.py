@@ -10,10 +10,13 @@ import commands
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from commands import environment, kill_after, losses, stored_arrays, tiny
 
 from lm_jax.config import NOT_OF_THE_WEIGHTS, Config, LoraConfig, MeshConfig, ModelConfig
+from lm_jax.data.tokenizer import load_tokenizer
 from lm_jax.errors import UserError
+from lm_jax.interop.export import save_pretrained
 from lm_jax.model import parameters as params_lib
 from lm_jax.sharding.mesh import make_mesh
 from lm_jax.training import weights
@@ -159,6 +162,65 @@ def test_a_folder_without_weights(corpus, base, tmp_path):
     shutil.copytree(pathlib.Path(base) / "tokenizer", tmp_path / "tokenizer")
     with pytest.raises(UserError, match="there is no checkpoint in"):
         train(recipe(corpus, init_from=str(tmp_path)), str(tmp_path / "run"))
+
+
+# Published models.
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, base) -> str:
+    """The weights of `base` as a Hugging Face folder, with a tokenizer of 64 ids."""
+    folder = str(tmp_path_factory.mktemp("published") / "model")
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    model = load_for_inference(base, mesh).model
+    with jax.set_mesh(mesh):
+        save_pretrained(folder, model.config, params_lib.split(model))
+    words = ["<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz ."]
+    words += [f"more{i}" for i in range(64 - len(words))]
+    hf = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, words[0])
+    )
+    hf.add_special_tokens(words[:1])
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    hf.save(f"{folder}/tokenizer.json")
+    return folder
+
+
+def test_a_published_model_is_trained_on(corpus, base, published, tmp_path):
+    source, workdir = copied(published, tmp_path / "source"), str(tmp_path / "run")
+    config = recipe(corpus, init_from=source, optimizer__freeze=("blocks.mlp.*",))
+    train(config, workdir)
+    shutil.rmtree(source)  # all of it is in the workdir now
+    config.training.steps = 3
+    train(config, workdir)
+    before, after = loaded(base), loaded(workdir)
+    for name in before:
+        assert (before[name] == after[name]).all() == name.startswith("blocks.mlp."), name
+    written = read_config(workdir)
+    assert (written.model.layers, written.model.vocab_size) == (2, 258)
+    assert (written.tokenizer.kind, written.tokenizer.path) == ("file", source)
+    assert load_tokenizer(f"{workdir}/tokenizer").vocab_size == 64
+
+
+def test_adapters_of_a_published_model(corpus, base, published, tmp_path):
+    source, workdir = copied(published, tmp_path / "source"), str(tmp_path / "run")
+    config = recipe(corpus, init_from=source, model__lora=ADAPTERS)
+    train(config, workdir)
+    before, after = loaded(base), loaded(workdir)
+    changed = {name for name in before if (before[name] != after[name]).any()}
+    assert changed == {"blocks.attention.query", "blocks.attention.out", "blocks.mlp.down"}
+    assert json.loads((tmp_path / "run" / "base.json").read_text())["step"] is None
+
+    file = pathlib.Path(source) / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-4] + b"oops")
+    with pytest.raises(UserError, match="what lies there now is not what it was"):
+        loaded(workdir)
+    file.unlink()
+    with pytest.raises(UserError, match="which cannot be read"):
+        loaded(workdir)
+    file.write_bytes(content)
+    jax.tree.map(np.testing.assert_array_equal, loaded(workdir), after)
 
 
 # Adapters.

@@ -23,9 +23,9 @@ from lm_jax.errors import UserError
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.lora import is_adapter
 from lm_jax.model.parameters import Parameters
-from lm_jax.model.transformer import Transformer
+from lm_jax.model.transformer import Transformer, skeleton_of
 from lm_jax.sharding.mesh import check_parameters
-from lm_jax.training.step import TrainState, skeleton_of
+from lm_jax.training.step import TrainState
 
 
 class Checkpoints:

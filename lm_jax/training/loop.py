@@ -41,7 +41,6 @@ from lm_jax.training.optimizer import check_rules
 from lm_jax.training.samples import sample
 from lm_jax.training.signals import StopSignal
 from lm_jax.training.step import Step, TrainState, make_step, skeleton_of
-from lm_jax.validation import objective_checks
 
 
 def train(config: Config, workdir: str, overridden: Collection[str] = ()) -> int:
@@ -87,9 +86,6 @@ def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> int:
 
 
 def _check_batch(config: Config, shards: int) -> None:
-    for holds, key, why in objective_checks(config):
-        if not holds:  # of a model that came with `init_from`, say
-            raise UserError(f"{key}: {why}")
     if shards % jax.process_count():
         raise UserError(
             f"mesh: data x fsdp = {shards} do not divide over {jax.process_count()} processes, and"

@@ -6,17 +6,16 @@ accumulation changes memory and nothing else.
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lm_jax.config import Config, ModelConfig
+from lm_jax.config import Config
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.parameters import Parameters
-from lm_jax.model.transformer import Transformer
+from lm_jax.model.transformer import Transformer, skeleton_of
 from lm_jax.sharding.mesh import activation_spec, reshard
 from lm_jax.training.loss import LossSums, batch_loss, chunk_length
 from lm_jax.training.masking import Masking
@@ -158,11 +157,6 @@ class Step:
             "right": sums.right,
             "bytes": jnp.sum(counted.astype(jnp.float32) * batch["weights"]),
         }
-
-
-def skeleton_of(config: ModelConfig) -> Transformer:
-    """The module with abstract arrays in place of parameters."""
-    return jax.eval_shape(functools.partial(Transformer, config), jax.random.key(0))
 
 
 def make_step(config: Config, batch_shards: int = 1, masking: Masking | None = None) -> Step:

@@ -118,9 +118,12 @@ def resolved(config: Config, workdir: str, overridden: Collection[str] = ()) -> 
         before = read_config(workdir)
         model, tokenizer = before.model, before.tokenizer
     else:
-        model, tokenizer = model_of(path), TokenizerConfig(kind="file", path=path)
-        if _is_run(path):
-            tokenizer = read_config(path).tokenizer
+        try:
+            model, tokenizer = model_of(path), TokenizerConfig(kind="file", path=path)
+            if _is_run(path):
+                tokenizer = read_config(path).tokenizer
+        except UserError as e:
+            raise UserError(f"init_from: {e}") from None
     asked = {key: value for key, value, _ in walk(config) if key in overridden}
     kept = {name: getattr(config.model, name) for name in NOT_OF_THE_WEIGHTS}
     config.model = dataclasses.replace(copy.deepcopy(model), **kept)
