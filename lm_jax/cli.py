@@ -72,6 +72,18 @@ def define_dtype_flag() -> flags.FlagHolder:
     )
 
 
+def check_new_file(flag: str, path: str) -> None:
+    """Checks, before any work is done and not after, that a file can be made.
+
+    Raises:
+      UserError: it is there already, or its folder is not.
+    """
+    if os.path.exists(path):
+        raise UserError(f"--{flag}: '{path}' is there already: name another file or remove it")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise UserError(f"--{flag}: there is no folder '{os.path.dirname(path)}'")
+
+
 def _comments() -> dict[str, str]:
     """Key -> its comment, read from where the field is declared: said once, shown here as well.
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import sys
 
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> None:
     if stream and len(prompts) > 1:
         raise UserError(f"--stream shows one prompt at a time, and there are {len(prompts)}")
     if OUTPUT.value:
-        _check_output(OUTPUT.value)
+        cli.check_new_file("output", OUTPUT.value)
     from lm_jax import runtime
 
     runtime.configure()
@@ -91,14 +90,6 @@ def main(argv: list[str]) -> None:
         print(f"wrote {len(completions)} completion(s) to {OUTPUT.value}", file=sys.stderr)
     elif not stream:
         print(f"\n{'-' * 40}\n".join(c.prompt + c.text for c in completions))
-
-
-def _check_output(path: str) -> None:
-    """Raises before any work is done, and not after."""
-    if os.path.exists(path):
-        raise UserError(f"--output: '{path}' is there already: name another file or remove it")
-    if not os.path.isdir(os.path.dirname(path) or "."):
-        raise UserError(f"--output: there is no folder '{os.path.dirname(path)}'")
 
 
 def _unescaped(text: str) -> str:

@@ -6,11 +6,11 @@ from pathlib import Path
 from lm_jax.errors import UserError
 
 
-def read_prompts(path: str) -> list[str]:
-    """The prompts of a file, in its order; blank lines are no prompts.
+def read_prompts(path: str, *, key: str = "prompt", flag: str = "prompt_file") -> list[str]:
+    """The prompts of a file, or texts of another use, in its order; blank lines are none.
 
     Args:
-      path: '.jsonl': one JSON object a line, the prompt under 'prompt'; else one prompt a line.
+      path: '.jsonl': one JSON object a line, the prompt under `key`; else one prompt a line.
 
     Raises:
       UserError: it cannot be read or has no prompts; a line is not what it should be.
@@ -18,7 +18,7 @@ def read_prompts(path: str) -> list[str]:
     try:
         lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as e:
-        raise UserError(f"--prompt_file: cannot read '{path}': {e.strerror}") from None
+        raise UserError(f"--{flag}: cannot read '{path}': {e.strerror}") from None
     prompts = []
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
@@ -27,19 +27,19 @@ def read_prompts(path: str) -> list[str]:
         except UnicodeDecodeError as e:
             raise UserError(f"{where}: not UTF-8, at byte {e.start + 1} of the line") from None
         if text.strip():
-            prompts.append(_from_json(text, where) if path.endswith(".jsonl") else text)
+            prompts.append(_from_json(text, where, key) if path.endswith(".jsonl") else text)
     if not prompts:
-        raise UserError(f"--prompt_file: there are no prompts in '{path}'")
+        raise UserError(f"--{flag}: there is no text in '{path}'")
     return prompts
 
 
-def _from_json(line: str, where: str) -> str:
+def _from_json(line: str, where: str, key: str) -> str:
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as e:
         raise UserError(f"{where}: not JSON: {getattr(e, 'msg', 'nested too deeply')}") from None
-    if not isinstance(record, dict) or "prompt" not in record:
-        raise UserError(f"{where}: expected an object with the key 'prompt'")
-    if not isinstance(record["prompt"], str):
-        raise UserError(f"{where}: 'prompt' must be text, not {type(record['prompt']).__name__}")
-    return record["prompt"]
+    if not isinstance(record, dict) or key not in record:
+        raise UserError(f"{where}: expected an object with the key '{key}'")
+    if not isinstance(record[key], str):
+        raise UserError(f"{where}: '{key}' must be text, not {type(record[key]).__name__}")
+    return record[key]
