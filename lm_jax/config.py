@@ -48,7 +48,8 @@ class LoraConfig:
 
     rank: int = 0  # 0: none
     alpha: float = 16.0  # what an adapter adds is scaled by alpha / rank
-    # Of query, key, value, out, up, gate and down: the projections of each block that get one.
+    # The projections of each block that get one: of query, key, value, out, up, gate and down, or
+    # 'all'.
     targets: tuple[str, ...] = ("query", "value")
 
 

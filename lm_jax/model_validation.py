@@ -117,10 +117,12 @@ def _adapter_checks(model: ModelConfig) -> Iterator[Check]:
     yield lora.alpha > 0, "model.lora.alpha", f"must be above 0, not {lora.alpha}"
     gate = ("gate",) if model.gated_mlp else ()
     places = ("query", "key", "value", "out", "up", *gate, "down")
+    if lora.targets == ("all",):
+        return
     wrong = [name for name in lora.targets if name not in places]
     yield (
         bool(lora.targets) and not wrong and len(set(lora.targets)) == len(lora.targets),
         "model.lora.targets",
         (f"'{wrong[0]}' is no projection of this model" if wrong else f"{lora.targets}")
-        + f": name each once, of {', '.join(places)}",
+        + f": name each once, of {', '.join(places)}; or all of them by 'all'",
     )

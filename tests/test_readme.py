@@ -25,11 +25,13 @@ _INTERPRETER = """#!/bin/sh
 steps=2 more=
 case "$*" in *training.steps=*) steps=4 ;; esac
 case "$*" in *runs/quickstart*) ;; *) more='{less}' ;; esac
+small='{tiny}'
+case "$*" in *init_from=runs/published*) small='{rest}' ;; esac
 case "$1 $2" in
   "-m pip") echo "$*" >>pip.log ;;
   "-m ruff") exec '{python}' "$@" configs ;;
   "-m pytest") exec '{python}' "$@" tests/test_recipes.py -k not_guessed ;;
-  "-m lm_jax.train") exec '{python}' "$@" --config.training.steps=$steps {tiny} $more ;;
+  "-m lm_jax.train") exec '{python}' "$@" --config.training.steps=$steps $small $more ;;
   "-m lm_jax.generate") exec '{python}' "$@" --max_tokens=4 ;;
   "-m lm_jax.evaluate") exec '{python}' "$@" --max_batches=1 ;;
   "-m lm_jax.tokenize")
@@ -71,11 +73,12 @@ def checkout(tmp_path_factory) -> pathlib.Path:
     binaries = root / ".venv" / "bin"
     binaries.mkdir(parents=True)
     (root / ".venv" / "pyvenv.cfg").touch()
-    tiny, less = (
+    rest = {k: v for k, v in _TINY.items() if not k.startswith(("model.", "tokenizer."))}
+    tiny, rest, less = (
         " ".join(f"--config.{key}={value}" for key, value in values.items())
-        for values in (_TINY, _LESS)
+        for values in (_TINY, rest, _LESS)
     )
-    script = _INTERPRETER.format(python=sys.executable, tiny=tiny, less=less)
+    script = _INTERPRETER.format(python=sys.executable, tiny=tiny, rest=rest, less=less)
     (binaries / "python").write_text(script)
     (binaries / "python").chmod(0o755)
     (binaries / "activate").write_text("PATH=$PWD/.venv/bin:$PATH\n")

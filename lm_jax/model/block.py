@@ -102,7 +102,7 @@ def _heads(x_BTD, weight, bias, lora, norm):
 
 
 def _adapter(c: ModelConfig, name: str, key: jax.Array, weight, inputs: int = 1) -> Lora | None:
-    if not c.lora.rank or name not in c.lora.targets:
+    if not c.lora.rank or not {name, "all"} & set(c.lora.targets):
         return None
     return Lora(c.lora, jax.random.fold_in(key, 1), weight, inputs)  # not the numbers of the weight
 
