@@ -87,6 +87,15 @@ def kill_after(step: int, workdir: pathlib.Path, flags: list[str], env: dict[str
     assert step < max(losses(workdir)) < 60, "the run was to be killed on its way"
 
 
+# Keywords for `tiny`: a masked language model.
+MASKED = {
+    "data__objective": "masked",
+    "data__mask_whole_words": True,
+    "model__causal": False,
+    "model__head": "masked_lm",
+}
+
+
 def write_corpus(folder: pathlib.Path, documents: int = 40) -> pathlib.Path:
     """Small text files of words in a random order, the same each time."""
     rng = random.Random(0)

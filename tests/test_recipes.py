@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import pytest
 
 from lm_jax.config import Config
+from lm_jax.data.tokenizer_base import BytesTokenizer
 from lm_jax.errors import UserError
 from lm_jax.model import parameters as params_lib
 from lm_jax.sharding.mesh import batch_sharding, batch_shards, make_mesh
 from lm_jax.training.checkpoint import abstract_parameters
+from lm_jax.training.masking import make_masking
 from lm_jax.training.step import make_step, skeleton_of
 from lm_jax.validation import validate
 
@@ -20,7 +22,8 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 # Recipe, variant -> (vocabulary, parameters). Sources: the weights published for GPT-2 (their state
 # dictionaries without the masks), SmolLM2 and Llama; nanoGPT's own count for the characters, which
-# leaves out positions (0.80M and 10.65M), with them added.
+# leaves out positions (0.80M and 10.65M), with them added; what Transformers counts in
+# BertForMaskedLM at the sizes of BERT (tiny has rotary positions instead of learned ones).
 PUBLISHED = {
     ("shakespeare_char", "cpu"): (65, 795_904 + 64 * 128),
     ("shakespeare_char", "cpu_muon"): (65, 795_904 + 2 * 4 * 32),  # no positions, two QK-norms
@@ -29,6 +32,9 @@ PUBLISHED = {
     ("gpt2", "355m"): (50257, 354_823_168),
     ("gpt2", "774m"): (50257, 774_030_080),
     ("gpt2", "1.5b"): (50257, 1_557_611_200),
+    ("bert", "tiny"): (30522, 4_416_698 - 512 * 128),  # google/bert_uncased_L-2_H-128_A-2
+    ("bert", "base"): (30522, 109_514_298),
+    ("bert", "large"): (30522, 335_174_458),
     ("llama", "smollm2_135m"): (49152, 134_515_008),
     ("llama", "llama3_8b"): (128256, 8_030_261_248),
     ("llama", "llama3_70b"): (128256, 70_553_706_496),
@@ -94,7 +100,8 @@ def test_a_step_of_it_traces_on_its_mesh(recipe, variant):
     mesh = make_mesh(config.mesh, devices)
     abstract_parameters(skeleton_of(config.model), mesh)  # raises unless the mesh divides them
     with jax.set_mesh(mesh):
-        step = make_step(config, batch_shards(mesh))
+        masking = make_masking(config.data, BytesTokenizer(mask=True), config.model.vocab_size)
+        step = make_step(config, batch_shards(mesh), masking)
         state = jax.eval_shape(step.init)
         shape = config.data.batch_size, config.data.length
         batch = {
@@ -136,6 +143,7 @@ def test_tokens_of_gpt3_are_those_of_the_paper():
         ("gpt2", "124", "124m"),
         ("gpt2", "1.5B", "1.5b"),
         ("gpt3", "175", "175b"),
+        ("bert", "bse", "base"),
         ("llama", "smollm2-135m", "smollm2_135m"),
         ("llama", "llama3_7b", "llama3_70b"),
         ("shakespeare_char", "gpus", "gpu"),

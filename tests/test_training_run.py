@@ -27,7 +27,11 @@ def cache(tmp_path_factory) -> pathlib.Path:
 
 @pytest.mark.parametrize(
     ("devices", "mesh"),
-    [(1, {}), (8, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2})],
+    [
+        (1, {}),
+        (1, commands.MASKED),
+        (8, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}),
+    ],
 )
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, corpus, cache, devices, mesh):
     env = environment(devices, cache)
