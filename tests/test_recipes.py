@@ -1,16 +1,19 @@
 """Every recipe in `configs/`: it validates, it builds and steps on a mesh, and has the published
 number of parameters."""
 
+import dataclasses
 import importlib.util
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_models import GEMMA, GPT2, LLAMA
 
 from lm_jax.config import Config
 from lm_jax.data.tokenizer_base import BytesTokenizer
 from lm_jax.errors import UserError
+from lm_jax.model import lora
 from lm_jax.model import parameters as params_lib
 from lm_jax.sharding.mesh import batch_sharding, batch_shards, make_mesh
 from lm_jax.training.checkpoint import abstract_parameters
@@ -75,8 +78,8 @@ def count(config: Config) -> int:
 
 def test_every_recipe_is_tested_in_every_variant():
     files = {path.stem for path in CONFIGS.glob("*.py")}
-    assert files == {recipe for recipe, _ in VARIANTS} | {"quickstart"}
-    for recipe in files - {"quickstart"}:
+    assert files == {recipe for recipe, _ in VARIANTS} | {"quickstart", "finetune"}
+    for recipe in files - {"quickstart", "finetune"}:
         assert {v for r, v in VARIANTS if r == recipe} == set(module(recipe)._VARIANTS)
 
 
@@ -125,6 +128,24 @@ def test_a_step_of_it_traces_on_its_mesh(recipe, variant):
 def test_without_text_it_says_which_key_is_missing(recipe):
     with pytest.raises(UserError, match=r"data\.sources: name at least one file"):
         validate(module(recipe).get_config())
+
+
+@pytest.mark.parametrize("variant", ["full", "lora"])
+@pytest.mark.parametrize("shape", [GPT2, LLAMA, GEMMA], ids=["gpt2", "llama", "gemma"])
+def test_fine_tuning_takes_whatever_shape_comes_with_the_weights(variant, shape):
+    config = module("finetune").get_config(variant)
+    config.model = dataclasses.replace(shape, lora=config.model.lora, max_length=512)
+    config.init_from, config.data.sources = "published", ("corpus.txt",)
+    step = make_step(validate(config))
+    state = jax.eval_shape(step.init)
+    projections = {n.rpartition(".")[2] for n in state.all_parameters if n.startswith("blocks.")}
+    adapted = {n.split(".")[-2] for n in state.parameters if lora.is_adapter(n)}
+    if variant == "full":
+        assert not state.frozen and not adapted
+    else:
+        wanted = projections & {"query", "key", "value", "out", "up", "gate", "down"}
+        assert adapted == {f"{name}_lora" for name in wanted} and len(wanted) >= 6
+        assert len(state.parameters) == 2 * len(wanted)
 
 
 def test_tokens_of_gpt3_are_those_of_the_paper():

@@ -25,7 +25,7 @@ def test_json_lines(tmp_path):
         ("a.jsonl", b'"x"\n', r"a\.jsonl:1: .*'prompt'"),
         ("a.jsonl", b'{"prompt": 3}\n', r"a\.jsonl:1: 'prompt' must be text, not int"),
         ("a.txt", b"x\ny\xff\n", r"a\.txt:2: not UTF-8, at byte 2"),
-        ("a.txt", b"\n", "no prompts in"),
+        ("a.txt", b"\n", "there is no text in"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(tmp_path, name, content, message):
