@@ -20,7 +20,7 @@ from tiny_models import (
     shard,
 )
 
-from lm_jax.config import Config, LoraConfig
+from lm_jax.config import Config
 from lm_jax.errors import UserError
 from lm_jax.model import lora
 from lm_jax.model import parameters as params_lib
@@ -34,8 +34,8 @@ OPTIMIZERS = ["adamw", "lion", "adafactor", "muon"]
 
 
 def config_of(model=SMALL, **optimizer) -> Config:
-    config = run_config(dataclasses.replace(model, lora=LoraConfig()), optimizer=optimizer)
-    config.model, config.init_from = model, "somewhere" if model.lora.rank else ""
+    config = run_config(SMALL, optimizer=optimizer)
+    config.model = model
     return config
 
 
