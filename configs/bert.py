@@ -1,8 +1,9 @@
 """BERT, pretrained on masked tokens: the published sizes, and a tiny one that needs no data.
 
   tiny   BERT-Tiny's shape (Turc et al. 2019), a small vocabulary, on the text of the user's own
-         Python: minutes on two CPU cores, nothing to download. Its positions are rotary: learned
-         ones take many times as long to tell neighbours from the rest.
+         Python: minutes on two CPU cores, nothing to download. Its positions are rotary.
+         Measured: validation loss 3.55 after 600 steps, 35% of the masked tokens right (with learned
+         positions 5.54 after 400 steps, 11%; rotary ones stand at 3.81 by then).
   base, large   the paper's. Name the text with --config.data.sources=... .
 
 Sources:

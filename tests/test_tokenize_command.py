@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from lm_jax.data.tokenizer import load_tokenizer
+
 TEXT = "One fish two fish, red fish blue fish.\n    Black fish, blue fish, old fish, new fish!\n"
 
 
@@ -64,3 +66,11 @@ def test_mistakes_are_told_in_one_message(corpus, tmp_path, arguments, message):
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_token_is_reserved_on_request(corpus, tmp_path):
+    for name, flags in (("plain", []), ("masked", ["--mask"])):
+        done = run(f"--source={corpus}", f"--output={tmp_path / name}", "--kind=bytes", *flags)
+        assert done.returncode == 0, done.stderr
+    assert load_tokenizer(tmp_path / "plain").mask_id is None
+    assert load_tokenizer(tmp_path / "masked").mask_id == 258
