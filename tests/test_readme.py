@@ -15,6 +15,7 @@ import sys
 import tomllib
 
 import commands
+import numpy as np
 import pytest
 
 from lm_jax.config import Config, walk
@@ -133,7 +134,12 @@ def test_commands_and_code_run(done, checkout):
     assert "starts from the weights of runs/quickstart" in done
     assert "8 x cpu (data 2 x fsdp 2 x tensor 2)" in done
     assert len((checkout / "completions.jsonl").read_text().splitlines()) == 2
-    assert done.count('"bits_per_byte"') == 2
+    assert done.count('"bits_per_byte"') == 3
+    assert "wrote a qwen3 model" in done and "without a tokenizer" not in done
+    assert "starts from the weights of runs/published" in done
+    for path in ("merged/model.safetensors", "adapters/adapter_model.safetensors"):
+        assert (checkout / "runs" / path).is_file()
+    assert np.load(checkout / "vectors.npy").shape == (2, 32)
     assert (checkout / "tfds" / "local_text" / "notes").is_dir()
     assert "1 passed" in done
     assert "--config.optimizer.warmup_steps=" in done  # --help
@@ -150,8 +156,9 @@ def test_workdir_holds_what_it_says(done, checkout):
     listing = README.split("## What a workdir holds")[1].split("```")[1]
     named = [line.split()[0] for line in listing.strip().splitlines()]
     run = checkout / "runs" / "quickstart"
-    for name in set(named) - {"checkpoints/STEP/", "profile/"}:
+    for name in set(named) - {"checkpoints/STEP/", "profile/", "base.json"}:
         assert (run / name).exists(), name
+    assert (checkout / "runs" / "adapted" / "base.json").exists()
     assert {entry.name for entry in run.iterdir()} <= {name.split("/")[0] for name in named}
 
 
@@ -162,6 +169,8 @@ def test_recipes_in_the_table_are_those_there_are():
     assert set(rows) == {path.stem for path in (commands.ROOT / "configs").glob("*.py")}
     for recipe, cell in rows.items():
         there = {v for r, v in test_recipes.VARIANTS if r == recipe}
+        if recipe == "finetune":
+            there = set(test_recipes.module(recipe)._VARIANTS)
         named = set(re.findall(r"`(\S+?)`", cell))
         assert named <= there and (named == there or recipe == "gpt3")
 
@@ -174,7 +183,7 @@ def test_keys_and_files_that_it_names_exist():
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (commands.ROOT / path).exists(), path
     layout = README.split("## How the code is laid out")[1]
-    for path in re.findall(r"`((?:data|model|training|sharding)/\w+\.py)`", layout):
+    for path in re.findall(r"`((?:data|model|training|sharding|interop)/\w+\.py)`", layout):
         assert (commands.ROOT / "lm_jax" / path).exists(), path
     for folder in re.findall(r"^  (\w+)/ ", layout, re.MULTILINE):
         assert os.path.isdir(commands.ROOT / "lm_jax" / folder), folder

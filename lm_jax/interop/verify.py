@@ -11,6 +11,7 @@ import numpy as np
 
 from lm_jax.errors import UserError
 from lm_jax.model.transformer import Transformer
+from lm_jax.sharding.mesh import activation_spec, batch_shards, reshard
 
 _ROWS, _LENGTH = 2, 64
 TOLERANCE = 1e-3  # of the spread of the values
@@ -48,15 +49,17 @@ def compare(model: Transformer, folder: str) -> Comparison:
     """
     theirs = _load(folder)
     length = min(_LENGTH, model.config.max_length)
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = _ROWS if mesh.empty else _ROWS * batch_shards(mesh)
     ids_BT = np.random.default_rng(0).integers(
-        0, model.config.vocab_size, (_ROWS, length), dtype=np.int32
+        0, model.config.vocab_size, (rows, length), dtype=np.int32
     )
     want = _reference(theirs, ids_BT)
     none = model.config.head == "none"
 
     @jax.jit
     def outputs(model: Transformer, ids_BT: jax.Array) -> jax.Array:
-        x_BTD, _ = model(ids_BT)
+        x_BTD, _ = model(reshard(ids_BT, activation_spec("batch", "length")))
         return x_BTD if none else model.logits(x_BTD)
 
     got = np.asarray(outputs(model, ids_BT), np.float32)

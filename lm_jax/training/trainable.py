@@ -20,6 +20,7 @@ from lm_jax.model.parameters import Parameters
 Rates = dict[str, float | np.ndarray]
 
 _STACKED = "blocks."
+_UNUSED = ("pooler", "pooler_bias")  # no objective sees them
 
 
 def rates(shapes: dict[str, tuple[int, ...]], config: Config) -> Rates:
@@ -37,6 +38,8 @@ def rates(shapes: dict[str, tuple[int, ...]], config: Config) -> Rates:
         layers = shape[0] if name.startswith(_STACKED) else None
         rate = _decayed(name, layers, config) * (1.0 - frozen[name].astype(np.float32))
         if config.model.lora.rank and not is_adapter(name):
+            rate = np.zeros_like(rate)
+        if name in _UNUSED:  # weight decay alone would move it
             rate = np.zeros_like(rate)
         out[name] = float(rate.flat[0]) if np.all(rate == rate.flat[0]) else rate
     if not any(np.any(rate) for rate in out.values()):
