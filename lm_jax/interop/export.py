@@ -95,11 +95,15 @@ def _tensors(
 
 def _on_host(x: jax.Array, layer: int | None, dtype: str) -> np.ndarray:
     """One layer of a parameter, or all of it; rounded on the device, so that less is moved."""
-    if jax.process_count() == 1:
-        if layer is None and x.dtype == dtype:
-            return np.asarray(x)
-        return np.asarray(_part(x, layer, dtype, False))  # put together from the devices' parts
-    return np.asarray(_part(x, layer, dtype, True).addressable_data(0))
+    if jax.process_count() > 1:
+        return np.asarray(_part(x, layer, dtype, True).addressable_data(0))
+    if layer is None and x.dtype == dtype:
+        # An array keeps the copy that numpy makes of it: this one goes, and the parameter stays.
+        parts = [shard.data for shard in x.addressable_shards]
+        x = jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
+    else:
+        x = _part(x, layer, dtype, False)
+    return np.asarray(x)  # put together from the devices' parts
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "everywhere"))

@@ -5,6 +5,7 @@ moment one more of its size where it has to be turned.
 """
 
 import functools
+import gc
 import os
 
 import jax
@@ -93,14 +94,26 @@ def layers_of(weight: Weight, shape: Shape) -> tuple[list[str], Shape]:
 def _load(folder: "_Folder", weight: Weight, shape: Shape, sharding: NamedSharding) -> jax.Array:
     names, each = layers_of(weight, shape)
     if len(names) == 1 and each == shape:
-        return _on_devices(folder.read(weight, names[0], shape), sharding)
+        whole = _on_devices(folder.read(weight, names[0], shape), sharding)
+        _let_go(whole)
+        return whole
     one = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
     stack = jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding)()
     for i, name in enumerate(names):
         layer = _on_devices(folder.read(weight, name, each), one)
         stack = _put(sharding)(stack, layer, i)
-        stack.block_until_ready()  # or the host would run ahead, and hold many layers
+        _let_go(stack)
     return stack
+
+
+def _let_go(x: jax.Array) -> None:
+    """Waits until `x` is there, or the host would run ahead and hold many tensors.
+
+    What it was made from is given back by a hook of jax's on garbage collection, and by nothing
+    else: without one, tensors of hundreds of megabytes stay.
+    """
+    x.block_until_ready()
+    gc.collect(0)
 
 
 @functools.cache
