@@ -5,6 +5,8 @@ so that a forgotten one is an error when a step is traced and not a slow run. Ou
 the functions here do nothing, and the model runs on one device.
 """
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -117,16 +119,34 @@ def check_parameters(
       UserError: a mesh axis does not divide an array axis; the message names each such parameter.
       ValueError: an axis has no rule, or a parameter not one name an axis.
     """
-    wrong = []
+    wrong: list[str] = []
+    sizes: dict[str, list[int]] = {}  # of the array axes that each mesh axis divides
     for name, shape in shapes.items():
         if len(axes[name]) != len(shape) or any(a not in PARAMETER_RULES for a in axes[name]):
             raise ValueError(f"{name}: axes {axes[name]} of {shape} are not covered by the rules")
         for size, axis in zip(shape, axes[name]):
             mesh_axis = PARAMETER_RULES[axis]
-            if mesh_axis and size % mesh.shape[mesh_axis]:
+            if mesh_axis is None:
+                continue
+            sizes.setdefault(mesh_axis, []).append(size)
+            if size % mesh.shape[mesh_axis]:
                 wrong.append(
                     f"{name}: mesh.{mesh_axis} = {mesh.shape[mesh_axis]} does not divide its"
                     f" '{axis}' axis of {size}"
                 )
     if wrong:
-        raise UserError("the model does not fit the mesh:\n  " + "\n  ".join(wrong))
+        possible = " and ".join(
+            f"mesh.{axis} can be {_divisors(math.gcd(mesh.size, *found))}"
+            for axis, found in sizes.items()
+        )
+        raise UserError(
+            "the model does not fit the mesh:\n  "
+            + "\n  ".join(wrong)
+            + f"\nwith this model and {mesh.size} devices, {possible}: change mesh.* (a model that"
+            " comes with its weights stays as it is)"
+        )
+
+
+def _divisors(n: int) -> str:
+    *most, last = [str(d) for d in range(1, n + 1) if n % d == 0]
+    return f"{', '.join(most)} or {last}" if most else last

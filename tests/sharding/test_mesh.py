@@ -54,9 +54,12 @@ def test_each_parameter_that_the_mesh_does_not_divide_is_named():
     skeleton = skeleton_of(dataclasses.replace(LLAMA, vocab_size=1001))
     with pytest.raises(UserError) as error:
         abstract_parameters(skeleton, on_devices((1, 2, 4)))
-    named = {line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]}
+    _, *lines, advice = str(error.value).splitlines()
+    named = {line.split(":")[0].strip() for line in lines}
     assert named == {"embedding", "head", "blocks.attention.key", "blocks.attention.value"}
     assert "'kv_heads' axis of 2" in str(error.value) and "mesh.tensor = 4" in str(error.value)
+    # What would divide them: the width of 32, and 1001 and 2 heads.
+    assert "8 devices, mesh.fsdp can be 1, 2, 4 or 8 and mesh.tensor can be 1:" in advice
 
 
 @pytest.mark.parametrize("axes", [("embed", "unheard_of"), ("embed",)])
