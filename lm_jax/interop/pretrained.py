@@ -109,8 +109,8 @@ def _load(folder: "_Folder", weight: Weight, shape: Shape, sharding: NamedShardi
 def _let_go(x: jax.Array) -> None:
     """Waits until `x` is there, or the host would run ahead and hold many tensors.
 
-    What it was made from is given back by a hook of jax's on garbage collection, and by nothing
-    else: without one, tensors of hundreds of megabytes stay.
+    Numpy arrays that a device has read, jax gives back by a hook on garbage collection: without
+    one, hundreds of megabytes wait for the next that happens to come.
     """
     x.block_until_ready()
     gc.collect(0)
