@@ -43,12 +43,13 @@ def _head_parameters(c: ModelConfig) -> int:
 
 
 def training_flops_per_token(
-    config: ModelConfig, length: int, predictions: int | None = None
+    config: ModelConfig, length: int, predictions: int | None = None, frozen: float = 0
 ) -> float:
     """FLOPs, forward and backward, of a token in a row of `length` tokens.
 
     Args:
       predictions: positions of a row that the head works for; None: all.
+      frozen: parameters of matrix products that need no gradient: 2 of their 6 FLOPs less.
     """
     c = config
     windows, kinds_L = layer_kinds(c)
@@ -57,7 +58,8 @@ def training_flops_per_token(
         window = min(windows[kind] or length, length)
         seen += window - window**2 / (2 * length) if c.causal else length
     idle = _head_parameters(c) * (1 - (predictions or length) / length)
-    return 6 * (matrix_parameters(c) - idle) + 12 * c.heads * c.head_width * seen
+    products = 6 * (matrix_parameters(c) - idle) - 2 * frozen
+    return products + 12 * c.heads * c.head_width * seen
 
 
 def peak_flops(device_kind: str) -> float:

@@ -122,8 +122,11 @@ class _Run:
         self.train_step = jax.jit(self.step.train, donate_argnums=0)
         self.evaluate_step = jax.jit(self.step.evaluate)
         self.byte_lengths = to_devices(byte_lengths(tokenizer, config.model.vocab_size), mesh)
+        frozen = trainable.frozen_in_products(
+            params_lib.split(self.step.skeleton), self.step.rates, config.model.tied_head
+        )
         self.flops_per_token = training_flops_per_token(
-            config.model, config.data.length, config.data.predictions
+            config.model, config.data.length, config.data.predictions, frozen
         )
         self.watch, self.saved_at, self.evaluated_at = Stopwatch(), -1, -1
         self.tracing, self.finite = False, True

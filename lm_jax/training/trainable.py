@@ -147,3 +147,15 @@ def count(parameters: Parameters, rates: Rates) -> int:
         round(x.size * float(np.mean(np.asarray(rates[name]) != 0)))
         for name, x in parameters.items()
     )
+
+
+def frozen_in_products(parameters: Parameters, rates: Rates, tied_head: bool) -> int:
+    """How many numbers of the weights of matrix products are frozen: adapters aside."""
+    weights = {
+        name: x
+        for name, x in parameters.items()
+        if not name.endswith(("embedding", "bias", "scale")) and not is_adapter(name)
+    }
+    if tied_head:
+        weights["embedding"] = parameters["embedding"]
+    return sum(x.size for x in weights.values()) - count(weights, rates)

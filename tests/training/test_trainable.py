@@ -22,11 +22,11 @@ from tiny_models import (
 
 from lm_jax.config import Config
 from lm_jax.errors import UserError
-from lm_jax.model import lora
+from lm_jax.model import flops, lora
 from lm_jax.model import parameters as params_lib
 from lm_jax.training.loss import batch_loss
 from lm_jax.training.step import make_step, skeleton_of
-from lm_jax.training.trainable import count, rates
+from lm_jax.training.trainable import count, frozen_in_products, rates
 
 SMALL = dataclasses.replace(GPT2, init_std=0.05)
 FAST = {"learning_rate": 0.01, "warmup_steps": 1, "weight_decay": 0.3}
@@ -103,6 +103,19 @@ def test_numbers_that_learn_are_counted():
     layer = sum(x.size // 2 for name, x in parameters.items() if name.startswith("blocks."))
     whole = sum(x.size for x in parameters.values())
     assert count(parameters, table) == whole - layer - parameters["embedding"].size
+
+
+@pytest.mark.parametrize("model", [SMALL, LORA, BERT], ids=["tied", "adapters", "bert"])
+def test_what_is_frozen_needs_a_third_less_of_a_products_flops(model):
+    parameters = params_lib.split(skeleton_of(model))
+    some = {k: float(lora.is_adapter(k) or k.endswith(("scale", "bias"))) for k in parameters}
+    none = dict.fromkeys(parameters, 1.0)
+    products = 6 * flops.matrix_parameters(model)
+    for table, left in ((none, 1), (some, 2 / 3)):
+        frozen = frozen_in_products(parameters, table, model.tied_head)
+        rest = flops.training_flops_per_token(model, 16) - products
+        got = flops.training_flops_per_token(model, 16, frozen=frozen) - rest
+        assert got == pytest.approx(left * products)
 
 
 # How fast.
