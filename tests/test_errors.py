@@ -151,7 +151,8 @@ def test_what_failed_before_its_first_step_can_be_mended_in_the_same_workdir(cor
 
 @pytest.mark.parametrize("command", ["evaluate", "generate"])
 def test_a_workdir_without_a_run(tmp_path, command):
-    assert "no run" in fails(f"--workdir={tmp_path}", command=command)
+    message = fails(f"--workdir={tmp_path}", command=command)
+    assert "neither the workdir of a run nor a Hugging Face folder" in message
     assert "--workdir" in fails(command=command)
 
 
