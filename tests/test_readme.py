@@ -178,7 +178,7 @@ def test_recipes_in_the_table_are_those_there_are():
 def test_keys_and_files_that_it_names_exist():
     keys = [key for key, _, _ in walk(Config())]
     sections = "model|data|tokenizer|optimizer|training|mesh|checkpoint|logging"
-    for key in re.findall(rf"`((?:{sections})\.(?!json)\w+)", README):
+    for key in re.findall(rf"`((?:{sections})\.(?!json)[\w.]+)", README):
         assert key in keys, key
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (commands.ROOT / path).exists(), path

@@ -62,7 +62,7 @@ def save_pretrained(
         files = WeightsWriter(folder, planned, max_shard_bytes=max_shard_bytes)
     with files if first else contextlib.nullcontext() as writer:
         for name, _, parts in tensors:
-            x = [_on_host(parameters[w.ours], layer, dtype) for w, layer in parts]
+            x = [on_host(parameters[w.ours], layer, dtype) for w, layer in parts]
             if writer is not None:
                 theirs = [w.layout.write(part) for (w, _), part in zip(parts, x)]
                 writer.write(name, theirs[0] if len(x) == 1 else np.concatenate(theirs, -1))
@@ -93,7 +93,7 @@ def _tensors(
     return [(name, shape, parts) for name, (shape, parts) in found.items()]
 
 
-def _on_host(x: jax.Array, layer: int | None, dtype: str) -> np.ndarray:
+def on_host(x: jax.Array, layer: int | None, dtype: str) -> np.ndarray:
     """One layer of a parameter, or all of it; rounded on the device, so that less is moved."""
     if jax.process_count() > 1:
         return np.asarray(_part(x, layer, dtype, True).addressable_data(0))

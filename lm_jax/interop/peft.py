@@ -8,7 +8,7 @@ import numpy as np
 from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.interop.config_map import choose_family
-from lm_jax.interop.export import write_json
+from lm_jax.interop.export import on_host, write_json
 from lm_jax.interop.family import Json, Weight
 from lm_jax.interop.safetensors_writer import WeightsWriter
 from lm_jax.model.parameters import Parameters
@@ -20,9 +20,12 @@ def save_adapters(folder: str, model: ModelConfig, adapters: Parameters, base: s
     Where a published model keeps several of our projections in one (GPT-2's query, key and value),
     their adapters become one of the sum of their ranks, whose B is zero off the diagonal blocks.
 
+    Every process takes part; the first one writes.
+
     Args:
       model: with `model.lora` as trained.
-      adapters: '….query_lora.a' [L, *inputs, rank] and '….query_lora.b' [L, rank, *outputs].
+      adapters: '….query_lora.a' [L, *inputs, rank] and '….query_lora.b' [L, rank, *outputs], on
+        the mesh that is set.
       base: the published model that they belong to, for adapter_config.json.
 
     Raises:
@@ -52,34 +55,35 @@ def save_adapters(folder: str, model: ModelConfig, adapters: Parameters, base: s
             theirs = "base_model.model." + name.format(i)
             planned[f"{theirs}.lora_A.weight"] = (rank, inputs)
             planned[f"{theirs}.lora_B.weight"] = (outputs * weights[0].part[1], rank)
+    arrays = {name: on_host(x, None, "float32") for name, x in adapters.items()}
     if jax.process_index():
         return
     tensors = [(name, shape, np.float32) for name, shape in planned.items()]
     with WeightsWriter(folder, tensors, stem="adapter_model", max_shard_bytes=None) as writer:
         for name, weights in adapted.items():
             for i in layers:
-                a, b = _joined(adapters, weights, i)
+                a, b = _joined(arrays, weights, i)
                 theirs = "base_model.model." + name.format(i)
                 writer.write(f"{theirs}.lora_A.weight", a)
                 writer.write(f"{theirs}.lora_B.weight", b)
     write_json(folder, "adapter_config.json", config)
 
 
-def _sizes(adapters: Parameters, weight: Weight) -> tuple[int, int]:
+def _sizes(adapters: Parameters | dict[str, np.ndarray], weight: Weight) -> tuple[int, int]:
     """Inputs and outputs of one of our projections."""
     a, b = adapters[f"{weight.ours}_lora.a"], adapters[f"{weight.ours}_lora.b"]
     return int(np.prod(a.shape[1:-1])), int(np.prod(b.shape[2:]))
 
 
 def _joined(
-    adapters: Parameters, weights: list[Weight], layer: int
+    adapters: dict[str, np.ndarray], weights: list[Weight], layer: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """A [ranks, inputs] and B [outputs, ranks] of one layer's projections together."""
     inputs, outputs = _sizes(adapters, weights[0])
     rows, blocks = [], []
     for k, weight in enumerate(weights):
-        a = np.asarray(adapters[f"{weight.ours}_lora.a"][layer]).reshape(inputs, -1).T
-        b = np.asarray(adapters[f"{weight.ours}_lora.b"][layer]).reshape(-1, outputs).T
+        a = adapters[f"{weight.ours}_lora.a"][layer].reshape(inputs, -1).T
+        b = adapters[f"{weight.ours}_lora.b"][layer].reshape(-1, outputs).T
         index, parts = weight.part
         rank = a.shape[0]
         block = np.zeros((outputs * parts, rank * len(weights)), np.float32)

@@ -107,8 +107,10 @@ def to_peft(workdir: str, output: str, step: int | None = None) -> str:
             f"the adapters in '{workdir}' belong to the weights of the run {base}, and peft loads"
             " adapters of published models: export them merged, with --to=huggingface"
         )
-    adapters = weights.load_saved(weights.find(workdir, step), model, _mesh_for(model))
-    save_adapters(output, model, adapters, base.path)
+    mesh = _mesh_for(model)
+    adapters = weights.load_saved(weights.find(workdir, step), model, mesh)
+    with jax.set_mesh(mesh):
+        save_adapters(output, model, adapters, base.path)
     return base.path
 
 
