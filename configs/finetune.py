@@ -4,7 +4,7 @@ Name the weights with --config.init_from=DIR, a Hugging Face folder or a workdir
 --config.data.sources=... . Shape and tokenizer of the model come with the weights.
 
   full   all parameters learn
-  lora   low-rank adapters learn; 1% of the parameters or fewer, and as small a checkpoint
+  lora   low-rank adapters learn: one or two in a hundred parameters, fewer of a large model
 
 Sources:
   [alpaca]  Taori et al. 2023, the published training command: rate, warm-up, decay, batch, epochs.

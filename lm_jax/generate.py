@@ -69,10 +69,11 @@ def main(argv: list[str]) -> None:
     mesh = make_mesh(MeshConfig(data=1, tensor=TENSOR.value), jax.devices()[: TENSOR.value])
     loaded = load_for_inference(path, mesh, STEP.value, DTYPE.value)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows '?'
+    generator = Generator(loaded.model, loaded.tokenizer)
     if stream:
         print(prompts[0], end="", flush=True)
     with jax.set_mesh(mesh):
-        completions = Generator(loaded.model, loaded.tokenizer).generate(
+        completions = generator.generate(
             prompts,
             max_tokens=MAX_TOKENS.value,
             sampling=sampling,

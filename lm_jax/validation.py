@@ -201,6 +201,17 @@ def _checks(config: Config) -> Iterator[Check]:
 def _check_objective(config: Config) -> Iterator[Check]:
     """Whether the model can learn what the data asks for."""
     model, objective = config.model, config.data.objective
+    if config.init_from:  # the model is given: it is the objective that can be changed
+        fits = "next_token" if model.causal else "masked"
+        head = "linear" if model.causal else "masked_lm"
+        yield (
+            model.head == head,
+            "init_from",
+            f"its model has no head that a loss could be computed of (model.head = '{model.head}')",
+        )
+        if model.head == head:
+            yield objective == fits, "data.objective", f"must be '{fits}' for this model"
+        return
     masked = objective == "masked"
     yield (
         model.causal != masked,

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import commands
 import jax
@@ -15,6 +16,8 @@ from tiny_models import on_devices
 
 from lm_jax.config import Config, LoraConfig
 from lm_jax.errors import UserError
+from lm_jax.generation.decoding import Generator
+from lm_jax.generation.sampling import Sampling
 from lm_jax.training import conversion
 from lm_jax.training.evaluation import evaluate_model
 from lm_jax.training.loop import train
@@ -120,6 +123,36 @@ def test_a_published_folder_is_used_as_it_is(published, corpus):
     assert result["step"] is None and 1 < result["loss"] < 10
 
 
+def test_whatever_ends_a_published_models_text_ends_it_here_and_after(published, tmp_path):
+    """An id of generation_config.json, and one beyond the model that its tokenizer only names."""
+    folder = tmp_path / "model"
+    shutil.copytree(published, folder)
+    hf = transformers.AutoTokenizer.from_pretrained(folder)
+    hf.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    hf.save_pretrained(folder)
+    ids = hf("ab", return_tensors="pt").input_ids
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    free = model.generate(ids, max_new_tokens=8, do_sample=False)[0, 2:].tolist()
+    stop = next(i for i in free[2:] if i not in free[:2])
+    model.generation_config.eos_token_id = [0, stop]
+    model.save_pretrained(folder)
+    want = model.generate(ids, max_new_tokens=8, do_sample=False)[0, 2:].tolist()
+    assert 2 < len(want) < 8 and want[-1] == stop
+    mesh = on_devices((1, 1, 1))
+    loaded = load_for_inference(str(folder), mesh)
+    assert loaded.tokenizer.vocab_size == 33 > loaded.model.config.vocab_size
+    conversion.to_huggingface(loaded, str(tmp_path / "again"))
+    for path in (folder, tmp_path / "again"):
+        loaded = load_for_inference(str(path), mesh)
+        with jax.set_mesh(mesh):
+            (got,) = Generator(loaded.model, loaded.tokenizer).generate(
+                ["ab"], max_tokens=8, sampling=Sampling(temperature=0.0)
+            )
+        assert list(got.tokens) == want and got.finish_reason == "eos"
+    exported = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert exported["eos_token_id"] == [0, stop]
+
+
 def test_adapters_merged_and_by_themselves_are_one_model(published, adapted, corpus, tmp_path):
     base = transformers.LlamaForCausalLM.from_pretrained(published)
     want, before = ours(adapted), logits(base)
@@ -166,13 +199,13 @@ def test_a_family_that_cannot_express_the_model_is_refused(adapted, tmp_path):
 
 def test_what_is_verified_can_fail(published, tmp_path):
     loaded = conversion.load(str(published))
-    assert conversion.compare(loaded, str(published)).agree
+    assert conversion.compare(loaded, str(published)).agree()
     other = transformers.LlamaForCausalLM.from_pretrained(published)
     with torch.no_grad():
         other.model.norm.weight[3] += 0.1
     other.save_pretrained(tmp_path / "other")
     comparison = conversion.compare(loaded, str(tmp_path / "other"))
-    assert not comparison.agree and comparison.largest > 1e-3
+    assert not comparison.agree() and comparison.largest > 1e-3
     (tmp_path / "other" / "config.json").write_text(json.dumps({"architectures": ["NoSuchModel"]}))
     with pytest.raises(UserError, match="Transformers cannot load"):
         conversion.compare(loaded, str(tmp_path / "other"))

@@ -90,6 +90,30 @@ class Tokenizer(abc.ABC):
             return ids
         return np.concatenate([np.array([self.begin_id], np.int32), ids])
 
+    def frame(self, ids: np.ndarray) -> np.ndarray:
+        """`ids` of a text by itself with what goes around it, int32[n].
+
+        Of a published tokenizer it is what its post-processor says; of ours bos, and eos behind
+        where there is a mask token: the documents of a masked model are whole.
+        """
+        front = [self.bos_id] if self.bos_before_text else []
+        back = [self.eos_id] if front and self.mask_id is not None else []
+        return np.array([*front, *ids, *back], np.int32)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end what is generated."""
+        return frozenset() if self.eos_id is None else frozenset([self.eos_id])
+
+    @property
+    def least_vocabulary(self) -> int:
+        """How many ids a model must have for all that is encoded and all that is named here."""
+        named = [i for i in (self.bos_id, self.eos_id, self.pad_id, self.mask_id) if i is not None]
+        ordinary = self.vocab_size - 1
+        while ordinary in self.specials:
+            ordinary -= 1
+        return max(ordinary, *named) + 1
+
     @abc.abstractmethod
     def _definition(self) -> dict[str, bytes]:
         """What defines this tokenizer beyond its kind: file names and contents.

@@ -23,7 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from lm_jax.data import tokenizer_files as files
-from lm_jax.data.tokenizer_published import FILE, HuggingFaceTokenizer, find_ids, parse
+from lm_jax.data.tokenizer_published import (
+    FILE,
+    GENERATION,
+    HuggingFaceTokenizer,
+    find_ids,
+    parse,
+)
 from lm_jax.errors import UserError
 
 CONFIG = "tokenizer_config.json"
@@ -310,15 +316,23 @@ def _frame(tokenizer: Any, name: str, config: dict[str, Any], definition: Any) -
 
 
 def _companions(folder: Path, config: dict[str, Any]) -> dict[str, bytes]:
-    """What belongs to the tokenizer and says nothing about ids: names, limits, chat templates."""
+    """What belongs to the tokenizer and has no part in encoding: names, limits, chat templates, and
+    which ids end what is generated."""
     found = {CONFIG: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
+    generation = files.read_object(folder / GENERATION)
+    if not generation:  # then Transformers takes them from the model's
+        model = files.read_object(folder / "config.json")
+        generation = {k: model[k] for k in ("eos_token_id",) if model.get(k) is not None}
+    if generation:
+        found[GENERATION] = (json.dumps(generation, indent=2) + "\n").encode()
     return found | read_chat_templates(folder)
 
 
 def read_saved(folder: Path, ids: tuple[int | None, ...]) -> HuggingFaceTokenizer:
     """Reads what saving such a tokenizer wrote."""
     path = folder / FILE
-    companions = {CONFIG: (folder / CONFIG).read_bytes()} if (folder / CONFIG).exists() else {}
+    names = [name for name in (CONFIG, GENERATION) if (folder / name).exists()]
+    companions = {name: (folder / name).read_bytes() for name in names}
     try:
         definition = path.read_text(encoding="utf-8")
         json.loads(definition)

@@ -14,6 +14,7 @@ from lm_jax.data.tokenizer_base import META, Stream, Tokenizer, utf8
 from lm_jax.errors import UserError
 
 FILE = "tokenizer.json"
+GENERATION = "generation_config.json"
 
 # Names to go by where no tokenizer_config.json or special_tokens_map.json says which they are.
 _BOS = ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "[CLS]", "<|endoftext|>")
@@ -28,7 +29,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     Attributes:
       companions: files that were beside it and have no part in encoding (`tokenizer_config.json`,
-        chat templates), by name. They are saved with it, so that an export has them again.
+        `generation_config.json`, chat templates), by name. They are saved with it, so that an
+        export has them again.
 
     Raises:
       UserError: `definition` is no tokenizer, an id is outside its vocabulary, or its
@@ -52,7 +54,7 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # as text; the name reads otherwise
-        front = _front(json.loads(definition).get("post_processor"))
+        self._around = front, _ = _around(json.loads(definition).get("post_processor"))
         if len(front) > 1:
             raise UserError(
                 f"its post-processor puts {len(front)} tokens in front of a text, and lm_jax puts"
@@ -116,6 +118,22 @@ class HuggingFaceTokenizer(Tokenizer):
         starts = np.array(starts, bool)
         starts[list(self.specials)] = True
         return starts
+
+    def frame(self, ids: np.ndarray) -> np.ndarray:
+        front, back = self._around
+        return np.array([*front, *ids, *back], np.int32)
+
+    @functools.cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Its eos, and what generation_config.json has for eos: an id or several."""
+        try:
+            stated = json.loads(self.companions.get(GENERATION, b"{}")).get("eos_token_id")
+        except (ValueError, AttributeError):
+            raise UserError(f"{GENERATION}: not a JSON object") from None
+        several = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in several):
+            raise UserError(f"{GENERATION}: eos_token_id must be ids, not {stated!r}")
+        return super().stop_ids | frozenset(several)
 
     @property
     def definition(self) -> str:
@@ -230,20 +248,26 @@ def parse(definition: str) -> Any:
         raise UserError(f"not a tokenizer that the 'tokenizers' library can read: {reason}") from e
 
 
-def _front(processor: dict[str, Any] | None) -> list[int]:
-    """The ids that a post-processor puts in front of a text."""
+def _around(processor: dict[str, Any] | None) -> tuple[list[int], list[int]]:
+    """The ids that a post-processor puts in front of a text, and those behind it."""
+    front: list[int] = []
+    back: list[int] = []
     if processor is None or processor["type"] == "ByteLevel":
-        return []
+        return front, back
     if processor["type"] == "Sequence":
-        return [i for step in reversed(processor["processors"]) for i in _front(step)]
+        for step in processor["processors"]:  # each goes around what those before have made
+            before, behind = _around(step)
+            front, back = before + front, back + behind
+        return front, back
     if processor["type"] in ("BertProcessing", "RobertaProcessing"):
-        return [processor["cls"][1]]
-    front: list[int] = []  # TemplateProcessing
+        return [processor["cls"][1]], [processor["sep"][1]]
+    part = front  # TemplateProcessing
     for item in processor["single"]:
         if "Sequence" in item:
-            break
-        front += processor["special_tokens"][item["SpecialToken"]["id"]]["ids"]
-    return front
+            part = back
+        else:
+            part += processor["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+    return front, back
 
 
 def _decoder(decoder: Any) -> tuple[Callable[[str, bool], bytes] | None, int]:

@@ -63,4 +63,5 @@ def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
         lengths = np.zeros(tokenizer.vocab_size, np.int32)
     if tokenizer.prefix_bytes:  # a space that is not in the text would count with each document
         lengths = np.zeros_like(lengths)
+    lengths = lengths[:vocab_size]  # what is beyond the model is never encoded
     return np.pad(lengths, (0, vocab_size - len(lengths)))

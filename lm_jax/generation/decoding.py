@@ -81,9 +81,9 @@ class Generator:
             raise UserError(
                 "model.causal = False: this model fills in masked tokens and cannot continue text"
             )
-        if tokenizer.vocab_size > config.vocab_size:
+        if tokenizer.least_vocabulary > config.vocab_size:
             raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, but model.vocab_size ="
+                f"the tokenizer needs {tokenizer.least_vocabulary} ids, but model.vocab_size ="
                 f" {config.vocab_size}: they do not belong together"
             )
         self.model, self.tokenizer = model, tokenizer
@@ -154,7 +154,7 @@ class Generator:
                 f" generated ones included: shorten it to {limit - 1} or fewer"
             )
         budget = min(max_tokens, limit - len(ids))
-        return _Row(index, prompt, ids, TextStream(t.stream(), ids, stop), budget, t.eos_id)
+        return _Row(index, prompt, ids, TextStream(t.stream(), ids, stop), budget, t.stop_ids)
 
     def _run(
         self,
@@ -207,7 +207,7 @@ class _Row:
     ids: np.ndarray  # int32 [n], n > 0
     stream: TextStream
     budget: int  # tokens to generate at most
-    eos_id: int | None
+    stop_ids: frozenset[int]
     tokens: list[int] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
 
@@ -215,7 +215,7 @@ class _Row:
         """Adds a token, and returns the text that has become certain."""
         self.tokens.append(token)
         text = ""
-        if token == self.eos_id:
+        if token in self.stop_ids:
             self.finish_reason = "eos"
         else:
             text = self.stream.push(token)

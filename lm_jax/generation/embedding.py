@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.data.packing import with_ends
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.model.transformer import Transformer
@@ -65,14 +64,14 @@ def embed(
             )
         limit = pooling.max_tokens
     rows, cut = [], 0
-    ends = len(with_ends(tokenizer, np.zeros(0, np.int32)))
+    ends = len(tokenizer.frame(np.zeros(0, np.int32)))
     for i, text in enumerate(texts):
         try:
             ids = tokenizer.encode(text)
         except UserError as e:
             raise UserError(f"text {i + 1} of {len(texts)}: {e}") from None
         cut += len(ids) > limit - ends
-        ids = with_ends(tokenizer, ids[: limit - ends])
+        ids = tokenizer.frame(ids[: limit - ends])
         if not len(ids):
             raise UserError(f"text {i + 1} of {len(texts)} is empty: it has no token to embed")
         rows.append(ids)

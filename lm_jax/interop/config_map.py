@@ -63,6 +63,11 @@ def read_config(family: Family, hf: Json, where: str, names: set[str] | None = N
     Raises:
       UserError: a key is missing, of a wrong type, or asks for a computation that is not supported.
     """
+    for other, key in family.aliases.items():
+        if other in hf and hf.get(key, hf[other]) != hf[other]:
+            raise UserError(f"{where}: {key} = {hf[key]!r}, but {other} = {hf[other]!r}")
+        if other in hf:
+            hf = hf | {key: hf[other]}
     hf = dict(family.defaults) | hf
     for key, wanted in family.only.items():
         wanted = wanted if isinstance(wanted, tuple) else (wanted,)
@@ -140,5 +145,6 @@ def choose_family(model: ModelConfig) -> Family:
             failures.append(str(e))
         else:
             return family
-    nearest = min(failures, key=lambda message: message.count("\n"))
+    # Another head, or no such model at all, is further than any number of fields.
+    nearest = min(failures, key=lambda m: (not m.startswith("no "), m.count("\n")))
     raise UserError(f"no family of published models has this shape; nearest: {nearest}")

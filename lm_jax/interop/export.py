@@ -54,7 +54,12 @@ def save_pretrained(
     chosen = choose_family(model)
     # Said even where there is none: Transformers' own defaults are of another tokenizer.
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | (token_ids or {})
-    ids = {key: i for key, i in ids.items() if key not in chosen.only}
+    for key in ids.keys() & chosen.only.keys():
+        if ids.pop(key) not in (None, chosen.only[key]):
+            raise UserError(
+                f"a {chosen.model_type} model has {key} = {chosen.only[key]}, and this tokenizer"
+                f" has {(token_ids or {})[key]}: choose another family"
+            )
     config = write_config(chosen, model) | ids | {"dtype": dtype}
     tensors = _tensors(chosen, model, {name: x.shape for name, x in parameters.items()})
     if first := jax.process_index() == 0:
@@ -62,9 +67,10 @@ def save_pretrained(
         files = WeightsWriter(folder, planned, max_shard_bytes=max_shard_bytes)
     with files if first else contextlib.nullcontext() as writer:
         for name, _, parts in tensors:
-            x = [on_host(parameters[w.ours], layer, dtype) for w, layer in parts]
+            x = [on_host(parameters[w.ours], layer, _fetched(w, dtype)) for w, layer in parts]
             if writer is not None:
                 theirs = [w.layout.write(part) for (w, _), part in zip(parts, x)]
+                theirs = [part.astype(jnp.dtype(dtype), copy=False) for part in theirs]
                 writer.write(name, theirs[0] if len(x) == 1 else np.concatenate(theirs, -1))
     if first:
         write_json(folder, "config.json", config)
@@ -83,6 +89,8 @@ def _tensors(
     found: dict[str, tuple[Shape, list[Part]]] = {}
     prefix = family.prefix if model.head == "none" else ""
     for weight in family.weights(model):
+        if not weight.written:
+            continue
         names, each = layers_of(weight, shapes[weight.ours])
         shape = weight.layout.their_shape(each)
         whole = (*shape[:-1], shape[-1] * weight.part[1])
@@ -91,6 +99,11 @@ def _tensors(
             name = name.removeprefix(prefix)
             found.setdefault(name, (whole, []))[1].append((weight, layer))
     return [(name, shape, parts) for name, (shape, parts) in found.items()]
+
+
+def _fetched(weight: Weight, dtype: str) -> str:
+    """A scale less one is rounded after the subtraction, or its last digits would be lost."""
+    return "float32" if weight.layout.name == "plus_one" else dtype
 
 
 def on_host(x: jax.Array, layer: int | None, dtype: str) -> np.ndarray:

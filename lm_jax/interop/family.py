@@ -92,12 +92,14 @@ class Weight:
       theirs: the tensor's name, with {} for the number of the layer.
       part: (i, n): the tensor holds n of ours, one behind the other on its last axis, and this is
         the i-th.
+      written: False: it is read where it is there, and the class that is exported has none.
     """
 
     ours: str
     theirs: str
     layout: Layout
     part: tuple[int, int] = (0, 1)
+    written: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +115,7 @@ class Family:
       defaults: what Transformers takes for a key that config.json leaves out.
       only: keys that stand for another computation unless they have this value.
       read, write: what the maps above cannot say: config.json -> fields, and back.
+      aliases: other names that Transformers takes for a key.
       weights: the tensors of a model of this config.
       has: fields that its tensors decide: field -> name of a tensor that is there if it is True.
       ignored: parts of names of tensors that a model can do without: buffers, other heads.
@@ -128,6 +131,7 @@ class Family:
     write: Callable[[ModelConfig], Json] = lambda model: {}
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     has: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
@@ -194,11 +198,10 @@ def write_rope(model: ModelConfig) -> Json:
 
 
 def rope_of(hf: Json) -> Json:
-    """'rope_parameters', or what Transformers wrote before version 5 in its place."""
-    theta = hf.get("rope_theta", 10_000.0)
-    if (rope := hf.get("rope_parameters")) is not None:
-        return {"rope_theta": theta} | rope
-    return (hf.get("rope_scaling") or {}) | {"rope_theta": theta}
+    """'rope_parameters', or 'rope_scaling', which Transformers wrote before version 5, and which it
+    prefers where there are both."""
+    given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    return {"rope_theta": hf.get("rope_theta", 10_000.0)} | given
 
 
 def shortest_pattern(windows: list[int]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ Weights go from the file to the devices one tensor at a time. The host holds one
 moment one more of its size where it has to be turned.
 """
 
+import dataclasses
 import functools
 import gc
 import os
@@ -25,6 +26,7 @@ from lm_jax.model.transformer import skeleton_of
 from lm_jax.sharding.mesh import check_parameters
 
 _LISTED = 10  # tensors that one message names
+_ROWS = 4096  # of two tables, compared at a time
 
 
 def is_pretrained(path: str) -> bool:
@@ -152,6 +154,34 @@ class _Folder:
             stored = {self.family.prefix + name: old for name, old in stored.items()}
         self._stored = stored
         self.model = read_config(self.family, hf, where, set(stored))
+        self._check_tie(where)
+
+    def _check_tie(self, where: str) -> None:
+        """A head beside the embedding that it is tied to must be the same: which one counts?"""
+        self._tied: tuple[str, ...] = ()
+        if not self.model.tied_head or self.model.head == "none":
+            return
+        apart = self.family.weights(dataclasses.replace(self.model, tied_head=False))
+        names = {w.ours: w.theirs for w in apart if w.ours in ("head", "embedding")}
+        head, embedding = names["head"], names["embedding"]
+        self._tied = (head,)
+        if head not in self._stored or embedding not in self._stored:
+            return
+        a, b = self._stored[head], self._stored[embedding]
+        if not self._same(a, b):
+            raise UserError(
+                f"{where} ties the head to the embedding, but {self.path} holds both, and they"
+                f" differ: {a} and {b}; say tie_word_embeddings = false if the head counts"
+            )
+
+    def _same(self, a: str, b: str) -> bool:
+        """Whether two tables hold the same; a part of each is read at a time."""
+        shape = self.weights.shape(a)
+        if not shape or shape != self.weights.shape(b):
+            return False
+        parts = [(i, min(i + _ROWS, shape[0])) for i in range(0, shape[0], _ROWS)]
+        read = self.weights.read_rows
+        return all(np.array_equal(read(a, *part), read(b, *part)) for part in parts)
 
     def check(self, weights: list[Weight], shapes: dict[str, Shape]) -> None:
         """
@@ -176,10 +206,9 @@ class _Folder:
             dtype = self.weights.dtype(self._stored[name])
             if found != shape:
                 wrong.append(f"{name}: expected {list(shape)}, found {list(found)}")
-            elif not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
-                wrong.append(f"{name}: expected 16- or 32-bit floating point, found {dtype}")
-        tied = ("lm_head.weight",) if self.model.tied_head else ()
-        known = (*self.family.ignored, *tied)
+            elif dtype.name not in ("float16", "bfloat16", "float32", "float64"):
+                wrong.append(f"{name}: expected floats of 16 bits or more, found {dtype}")
+        known = (*self.family.ignored, *self._tied)
         for name in self._stored.keys() - wanted.keys():
             if not any(part in name for part in known):
                 found = list(self.weights.shape(self._stored[name]))

@@ -38,9 +38,15 @@ def read_pooling(folder: str) -> dict[str, object]:
             fields["kind"] = _pooling(os.path.join(folder, path, "config.json"))
         elif kind != "Transformer":
             raise UserError(f"{where}: a module of type {kind} is not supported")
+    path = os.path.join(folder, "config_sentence_transformers.json")
+    if os.path.exists(path) and (prompt := read_json(path).get("default_prompt_name")):
+        raise UserError(f"{path}: default_prompt_name = {prompt!r} is not supported")
     path = os.path.join(folder, "sentence_bert_config.json")
     if os.path.exists(path):
-        length = read_json(path).get("max_seq_length")
+        settings = read_json(path)
+        if settings.get("do_lower_case"):
+            raise UserError(f"{path}: do_lower_case = true is not supported")
+        length = settings.get("max_seq_length")
         if length is not None and (not isinstance(length, int) or isinstance(length, bool)):
             raise UserError(f"{path}: max_seq_length must be a whole number, not {length!r}")
         fields["max_tokens"] = length

@@ -34,7 +34,7 @@ def matrix_parameters(config: ModelConfig) -> int:
     c = config
     attention = 2 * c.width * (c.heads + c.kv_heads) * c.head_width
     mlp = (3 if c.gated_mlp else 2) * c.width * c.mlp_width
-    return c.layers * (attention + mlp) + _head_parameters(c) + c.width**2 * c.pooler
+    return c.layers * (attention + mlp) + _head_parameters(c)
 
 
 def _head_parameters(c: ModelConfig) -> int:

@@ -1,9 +1,12 @@
 """Runs to published folders and back."""
 
+import dataclasses
 import math
 import os
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from lm_jax.config import Config, MeshConfig, ModelConfig
 from lm_jax.data.tokenizer import Tokenizer
@@ -55,7 +58,7 @@ def to_huggingface(
     _check_free(output)
     config, tokenizer = loaded.model.config, loaded.tokenizer
     if family is not None:
-        config.family = family
+        config = dataclasses.replace(config, family=family)
     with jax.set_mesh(_mesh_of(loaded.model)):
         chosen = save_pretrained(
             output,
@@ -127,11 +130,21 @@ def _mesh_of(model: Transformer) -> jax.sharding.Mesh:
 
 
 def _check_free(folder: str) -> None:
-    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+    """Raises in every process or in none, before any of them makes it."""
+    taken = os.path.exists(folder) and (not os.path.isdir(folder) or bool(os.listdir(folder)))
+    if jax.process_count() > 1:
+        taken = bool(multihost_utils.broadcast_one_to_all(np.array(taken)))
+    if taken:
         raise UserError(f"--output: '{folder}' is there already: name a new folder")
 
 
 def compare(loaded: Loaded, folder: str) -> Comparison:
-    """The loaded model against the published folder in Transformers; see `interop.verify`."""
+    """The loaded model against the published folder in Transformers; see `interop.verify`.
+
+    Raises:
+      UserError: there are several processes, or Transformers cannot be had.
+    """
+    if jax.process_count() > 1:
+        raise UserError("--verify runs in one process: verify what was written afterwards")
     with jax.set_mesh(_mesh_of(loaded.model)):
         return verify.compare(loaded.model, folder)

@@ -213,7 +213,7 @@ def settings_of(source: Source) -> tuple[Config, Tokenizer]:
     config.data.length = min(config.data.length, config.model.max_length)
     config.training.steps = 0
     tokenizer = load_tokenizer(source.path)
-    config.init_from = source.path  # the head, say, need not be one that can be trained
+    config.init_from = source.path
     return with_vocabulary(validate(config), tokenizer), tokenizer
 
 

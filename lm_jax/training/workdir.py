@@ -141,12 +141,14 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
       UserError: it does not.
     """
     config, size = copy.deepcopy(config), tokenizer.vocab_size
+    least = tokenizer.least_vocabulary  # specials beyond it may be there for other uses
     if config.model.vocab_size is None:
         # Matrix units and meshes like round numbers; a small vocabulary is left as it is.
         config.model.vocab_size = size if size <= 1024 else -(-size // 128) * 128
-    elif config.model.vocab_size < size:
+    elif config.model.vocab_size < least:
+        advice = "they do not belong together" if config.init_from else "raise it, or leave it None"
         raise UserError(
-            f"model.vocab_size = {config.model.vocab_size}, but the tokenizer has {size} ids: raise"
-            " it, or leave it None"
+            f"model.vocab_size = {config.model.vocab_size}, but the tokenizer needs {least} ids:"
+            f" {advice}"
         )
     return config

@@ -6,22 +6,26 @@ import json
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from tiny_models import BERT, LLAMA, build, on_devices
 
 from lm_jax.data.tokenizer_base import BytesTokenizer
+from lm_jax.data.tokenizer_published import HuggingFaceTokenizer
 from lm_jax.errors import UserError
 from lm_jax.generation.embedding import Pooling, embed
 from lm_jax.interop.sentence import read_pooling
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.transformer import skeleton_of
 
-SHAPE = {"vocab_size": 258, "max_length": 64}
+SHAPE = {"vocab_size": 259, "max_length": 64}
+TOKENIZER = BytesTokenizer(mask=True)
 MODEL = dataclasses.replace(BERT, **SHAPE)
 TEXTS = ["a", "some more words", "ünï", "", "x" * 70, "a b c d e f g h i j k l m n o p"]
 
 
 def states(text: str) -> np.ndarray:
-    """The hidden states of one text alone: [bos] + bytes + [eos], at most 64 tokens."""
+    """The hidden states of one text alone: [bos] + bytes + [eos], at most 64 tokens, as of a
+    model that is to fill in."""
     ids = np.array([[256, *text.encode()[:62], 257]], np.int32)
     return np.asarray(build(MODEL)(ids)[0][0])
 
@@ -37,17 +41,15 @@ POOLED = {
 def test_each_text_is_pooled_as_if_it_were_alone(kind):
     want = np.stack([POOLED[kind](states(text)) for text in TEXTS])
     pooling = Pooling(kind=kind, normalize=False)
-    got, cut = embed(build(MODEL), BytesTokenizer(), TEXTS, pooling, batch_size=4)
+    got, cut = embed(build(MODEL), TOKENIZER, TEXTS, pooling, batch_size=4)
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert cut == 1 and got.dtype == np.float32
-    unit, _ = embed(
-        build(MODEL), BytesTokenizer(), TEXTS, dataclasses.replace(pooling, normalize=True)
-    )
+    unit, _ = embed(build(MODEL), TOKENIZER, TEXTS, dataclasses.replace(pooling, normalize=True))
     np.testing.assert_allclose(unit, want / np.linalg.norm(want, axis=1)[:, None], atol=1e-5)
 
 
 def test_eight_devices_give_what_one_does():
-    want, _ = embed(build(MODEL), BytesTokenizer(), TEXTS)
+    want, _ = embed(build(MODEL), TOKENIZER, TEXTS)
     mesh = on_devices((2, 2, 2))
     with jax.set_mesh(mesh):
         abstract = params_lib.split(skeleton_of(MODEL))
@@ -56,14 +58,14 @@ def test_eight_devices_give_what_one_does():
             for name, x in params_lib.split(build(MODEL)).items()
         }
         model = params_lib.bind(skeleton_of(MODEL), spread)
-        got, _ = embed(model, BytesTokenizer(), TEXTS, batch_size=3)
+        got, _ = embed(model, TOKENIZER, TEXTS, batch_size=3)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_a_causal_model_can_be_pooled_too():
     model = build(dataclasses.replace(LLAMA, **SHAPE))
     got, _ = embed(model, BytesTokenizer(), ["ab"], Pooling("last", normalize=False))
-    want = model(np.array([[256, 97, 98, 257]], np.int32))[0][0, -1]
+    want = model(np.array([[256, 97, 98]], np.int32))[0][0, -1]
     np.testing.assert_allclose(got[0], want, atol=1e-5)
 
 
@@ -77,7 +79,19 @@ def test_a_causal_model_can_be_pooled_too():
 )
 def test_what_cannot_be_embedded_is_said(fields, texts, message):
     with pytest.raises(UserError, match=message):
-        embed(build(MODEL), BytesTokenizer(), texts, Pooling(**fields))
+        embed(build(MODEL), TOKENIZER, texts, Pooling(**fields))
+
+
+def test_what_goes_around_a_text_is_what_its_tokenizer_says():
+    """Of a published one the post-processor: here a token behind the text, and none before."""
+    hf = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<end>": 0, "a": 1, "b": 2}, "b"))
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    hf.post_processor = tokenizers.processors.TemplateProcessing("$A <end>", None, [("<end>", 0)])
+    tokenizer = HuggingFaceTokenizer(hf.to_str(), eos_id=2)
+    model = build(dataclasses.replace(LLAMA, **SHAPE))
+    got, _ = embed(model, tokenizer, ["ab"], Pooling("last", normalize=False))
+    want = model(np.array([[*hf.encode("ab").ids]], np.int32))[0][0, -1]
+    np.testing.assert_allclose(got[0], want, atol=1e-5)
 
 
 # What a sentence-transformers folder says.
@@ -114,6 +128,21 @@ def test_a_folder_says_how_it_is_pooled(modules, pooling, want, tmp_path):
 
 def test_a_folder_that_says_nothing_leaves_the_defaults(tmp_path):
     assert read_pooling(str(tmp_path)) == {}
+
+
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case"),
+        ("sentence_bert_config.json", {"max_seq_length": "long"}, "whole number, not 'long'"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "q"}, "default_prompt_name"),
+    ],
+)
+def test_a_setting_that_is_not_followed_is_refused(name, settings, message, tmp_path):
+    path = folder(tmp_path, MODULES, pooling_mode="mean")
+    (tmp_path / name).write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message):
+        read_pooling(path)
 
 
 @pytest.mark.parametrize(

@@ -102,19 +102,79 @@ def test_imported_and_exported_it_computes_what_transformers_does(case, tmp_path
     np.testing.assert_allclose(again[MASK > 0], want["padded"][MASK > 0], atol=atol, rtol=0)
 
 
-def test_rounded_weights_are_what_transformers_reads(tmp_path):
+@pytest.mark.parametrize("case", ["smollm2", "gpt2", "gemma 2", "gemma 3", "roberta"])
+def test_rounded_weights_are_what_transformers_reads(case, tmp_path):
     """bfloat16 in the file, float32 here: nothing is lost on the way in, and nothing more out."""
-    theirs = published.CASES["smollm2"]().bfloat16()
-    theirs.save_pretrained(tmp_path / "in")
+    theirs = published.CASES[case]()
+    theirs.load_state_dict(published.model(case).state_dict())
+    theirs.bfloat16().save_pretrained(tmp_path / "in")
     config, parameters = load(tmp_path / "in")
     with jax.set_mesh(on_devices((1, 1, 1))):
         save_pretrained(str(tmp_path / "out"), config, parameters, dtype="bfloat16")
-    back = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    back = type(theirs).from_pretrained(tmp_path / "out").state_dict()
     for name, x in theirs.state_dict().items():
         assert back[name].dtype == x.dtype and (back[name] == x).all(), name
 
 
+def test_what_bert_learned_beside_masked_tokens_is_no_part_of_its_export(tmp_path):
+    theirs = transformers.BertForPreTraining(transformers.BertConfig(**published.ENCODER))
+    theirs.save_pretrained(tmp_path / "in")
+    config, parameters = load(tmp_path / "in")
+    assert config.pooler and config.head == "masked_lm"
+    save_pretrained(str(tmp_path / "out"), config, parameters)
+    with silence():
+        transformers.BertForMaskedLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_head_beside_the_embedding_it_is_tied_to_must_be_the_same(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = published.save("smollm2", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    config, _ = load(folder)
+    assert config.tied_head
+    tensors["lm_head.weight"][95, 31] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"lm_head\.weight and model\.embed_tokens\.weight"):
+        load(folder)
+
+
+def test_roberta_counts_positions_by_an_id_that_the_tokenizer_must_have(tmp_path):
+    config, parameters = load(published.save("roberta", tmp_path / "in"))
+    with pytest.raises(UserError, match=r"pad_token_id = 1.* has 0"):
+        save_pretrained(str(tmp_path / "out"), config, parameters, token_ids={"pad_token_id": 0})
+
+
 # What older versions wrote.
+
+
+@pytest.mark.parametrize(
+    "case, old", [("gpt2", {"num_attention_heads": "n_head", "hidden_size": "n_embd"}),
+                  ("distilbert", {"num_attention_heads": "n_heads", "hidden_size": "dim"})]
+)  # fmt: skip
+def test_other_names_of_a_key_are_read_as_transformers_reads_them(case, old, tmp_path):
+    folder = published.save(case, tmp_path)
+    path, want = folder / "config.json", pretrained.read_model_config(str(folder))
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_attention_heads": 8}))
+    with pytest.raises(UserError, match="num_attention_heads = 8"):
+        pretrained.read_model_config(str(folder))
+    for other, key in old.items():
+        config[other] = config.pop(key)
+    path.write_text(json.dumps(config))
+    assert pretrained.read_model_config(str(folder)) == want
+
+
+@pytest.mark.parametrize("case", ["smollm2", "gemma 3"])
+def test_rope_scaling_goes_before_rope_parameters(case, tmp_path):
+    folder = published.save(case, tmp_path)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}))
+    scaling = pretrained.read_model_config(str(folder)).rope_scaling
+    assert (scaling.kind, scaling.factor) == ("linear", 4.0)
 
 
 @pytest.mark.parametrize("case", ["gpt2", "bert, base model", "llama, base model", "distilbert"])

@@ -72,6 +72,7 @@ def test_of_very_many_the_first_are_named_and_the_others_counted(folder):
         ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
         ({"hidden_act": "quick_gelu"}, ["'quick_gelu'", "silu"]),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["'yarn'", "llama3"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'", "llama3"]),
         ({"hidden_size": "wide"}, ["config.json"]),
         ({"hidden_size": -32}, ["config.json"]),
         ({"num_attention_heads": 0}, ["config.json"]),
@@ -99,6 +100,9 @@ def test_a_config_that_is_not_supported_says_what_and_what_would_be(folder, valu
         ("bert", "is_decoder", True),
         ("bert", "position_embedding_type", "relative_key"),
         ("gemma 3", "use_bidirectional_attention", True),
+        ("gemma 3", "attn_logit_softcapping", 2.0),
+        ("roberta", "hidden_act", "relu"),
+        ("roberta", "pad_token_id", 0),
     ],
 )
 def test_a_setting_that_would_change_what_is_computed_is_refused(case, key, value, tmp_path):

@@ -413,7 +413,7 @@ def test_each_axis_of_each_parameter_of_each_family_has_its_rules():
 def test_matrix_parameters_are_those_of_the_model(config):
     sizes = {name: x.size for name, x in parameters.split(skeleton_of(config)).items()}
     head = "embedding" if config.tied_head else "head"
-    matrices = {"query", "key", "value", "out", "up", "gate", "down", "pooler", "head_dense", head}
+    matrices = {"query", "key", "value", "out", "up", "gate", "down", "head_dense", head}
     assert flops.matrix_parameters(config) == sum(
         n for name, n in sizes.items() if name.rpartition(".")[2] in matrices
     )

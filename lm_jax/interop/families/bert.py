@@ -3,6 +3,8 @@
 Sentence-transformers' BERTs are BERTs without a head.
 """
 
+import dataclasses
+
 from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.interop.family import (
@@ -91,7 +93,8 @@ def _weights(
         *_norm("blocks.mlp_norm", block + "output.LayerNorm"),
     ]
     if model.pooler:
-        out += _dense("pooler", prefix + "pooler.dense")
+        pooler = _dense("pooler", prefix + "pooler.dense")
+        out += [dataclasses.replace(w, written=model.head == "none") for w in pooler]
     return out + _head(model, *head)
 
 
@@ -163,7 +166,8 @@ ROBERTA = Family(
     keys=_KEYS,
     fixed=_FIXED,
     defaults=_DEFAULTS | {"vocab_size": 50265, "pad_token_id": _UNUSED_ROWS - 1},
-    only=_ONLY | {"pad_token_id": _UNUSED_ROWS - 1},
+    # Its head computes gelu, whatever the layers do.
+    only=_ONLY | {"pad_token_id": _UNUSED_ROWS - 1, "hidden_act": "gelu"},
     read=lambda hf: _read(hf, _UNUSED_ROWS),
     write=lambda model: (
         _write(model)
@@ -217,6 +221,11 @@ DISTILBERT = Family(
         "tie_word_embeddings": "tied_head",
     },
     fixed=_FIXED | {"norm_epsilon": 1e-12},
+    aliases={
+        "num_hidden_layers": "n_layers",
+        "hidden_size": "dim",
+        "num_attention_heads": "n_heads",
+    },
     defaults={
         "vocab_size": 30522,
         "n_layers": 6,

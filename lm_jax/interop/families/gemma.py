@@ -1,6 +1,7 @@
 """Gemma 2 and the text models of Gemma 3 (Gemma Team 2024, 2025)."""
 
 from lm_jax.config import ModelConfig
+from lm_jax.errors import UserError
 from lm_jax.interop.family import (
     SAME,
     Family,
@@ -130,7 +131,10 @@ GEMMA2 = Family(
 
 def _read3(hf: Json) -> Json:
     if "full_attention" in (rope := hf.get("rope_parameters") or {}):
-        full, local = rope["full_attention"], rope["sliding_attention"]
+        full = rope["full_attention"] | (hf.get("rope_scaling") or {})
+        local = rope["sliding_attention"]
+        if local.get("rope_type", "default") != "default":
+            raise UserError(f"rope type '{local['rope_type']}' of layers with a window")
     else:
         full = rope_of({"rope_theta": 1_000_000.0} | hf)
         local = {"rope_theta": hf.get("rope_local_base_freq", 10_000.0)}
@@ -161,7 +165,7 @@ GEMMA3 = Family(
     keys=_KEYS,
     fixed=_FIXED | {"qk_norm": True},
     defaults=_DEFAULTS,
-    only=_ONLY,
+    only=_ONLY | {"attn_logit_softcapping": None},  # Transformers' layers do not look at it
     read=_read3,
     write=_write3,
     weights=_weights,

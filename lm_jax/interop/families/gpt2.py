@@ -86,6 +86,12 @@ GPT2 = Family(
         "initializer_range": 0.02,
         "tie_word_embeddings": True,
     },
+    aliases={
+        "num_hidden_layers": "n_layer",
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    },
     only={
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
