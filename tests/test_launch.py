@@ -187,5 +187,5 @@ def test_tests_run_from_the_root_after_ruff(checkout, tmp_path, script):
     root = str(checkout.root)
     ruff = [root, "ruff", "check", "lm_jax", "tests"]
     ruff += [root, "ruff", "format", "--check", "lm_jax", "tests"]
-    assert out == [*ruff, root, "pytest"]
+    assert out == [*ruff, root, "pytest", "-n", "auto", "--dist", "loadfile"]
     assert os.access(checkout.root / script, os.X_OK)

@@ -154,7 +154,7 @@ def frozen_in_products(parameters: Parameters, rates: Rates, tied_head: bool) ->
     weights = {
         name: x
         for name, x in parameters.items()
-        if not name.endswith(("embedding", "bias", "scale")) and not is_adapter(name)
+        if not name.endswith(("embedding", "bias", "scale", *_UNUSED)) and not is_adapter(name)
     }
     if tied_head:
         weights["embedding"] = parameters["embedding"]

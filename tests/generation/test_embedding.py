@@ -50,7 +50,7 @@ def test_each_text_is_pooled_as_if_it_were_alone(kind):
 
 def test_eight_devices_give_what_one_does():
     want, _ = embed(build(MODEL), TOKENIZER, TEXTS)
-    mesh = on_devices((2, 2, 2))
+    mesh = on_devices((4, 2, 1))
     with jax.set_mesh(mesh):
         abstract = params_lib.split(skeleton_of(MODEL))
         spread = {
