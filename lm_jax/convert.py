@@ -18,18 +18,19 @@ _TO = flags.DEFINE_enum(
     "to",
     None,
     ["huggingface", "workdir", "peft"],
-    "What to write; default: the other of the first two. peft: a run's adapters by themselves.",
+    "What to write; default: huggingface for a run, workdir for a Hugging Face folder. peft: a"
+    " run's adapters by themselves.",
 )
 _FAMILY = flags.DEFINE_string(
     "family",
     None,
-    "huggingface: the model_type to write; default: that of the published model it comes from, or"
+    "The model_type to write; default: that of the published model it comes from, or"
     " the first that has this shape.",
 )
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16", "float16"], "huggingface: of the weights."
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "Of a Hugging Face folder's weights."
 )
-_SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "huggingface: the most of a file, in GB.", 1e-6)
+_SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "The most of one file of weights, in GB.", 1e-6)
 _VERIFY = flags.DEFINE_bool(
     "verify",
     False,

@@ -23,8 +23,10 @@ _ON_ERROR = flags.DEFINE_enum(
 )
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.")
 _DTYPE = cli.define_dtype_flag()
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows at a time; default: the run's.")
-_LENGTH = flags.DEFINE_integer("length", None, "Tokens a row; default: the run's.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows at a time; default: the run's, or 8.")
+_LENGTH = flags.DEFINE_integer(
+    "length", None, "Tokens a row; default: the run's; of a published model its longest, to 1024."
+)
 _MAX_BATCHES = flags.DEFINE_integer("max_batches", None, "A sample of so many; default: all.")
 
 

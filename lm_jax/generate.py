@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Iterable
 
 from absl import flags
 
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> None:
     loaded = load_for_inference(path, mesh, STEP.value, DTYPE.value)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows '?'
     generator = Generator(loaded.model, loaded.tokenizer)
+    _warn_of_specials(prompts, loaded.tokenizer.specials.values())
     if stream:
         print(prompts[0], end="", flush=True)
     with jax.set_mesh(mesh):
@@ -91,6 +93,15 @@ def main(argv: list[str]) -> None:
         print(f"wrote {len(completions)} completion(s) to {OUTPUT.value}", file=sys.stderr)
     elif not stream:
         print(f"\n{'-' * 40}\n".join(c.prompt + c.text for c in completions))
+
+
+def _warn_of_specials(prompts: list[str], names: Iterable[str]) -> None:
+    found = next((n for n in names if len(n) > 1 and any(n in p for p in prompts)), None)
+    if found:
+        print(
+            f"note: '{found}' in a prompt is spelled as text; special tokens are not read there",
+            file=sys.stderr,
+        )
 
 
 def _unescaped(text: str) -> str:

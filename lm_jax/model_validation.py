@@ -9,6 +9,17 @@ from lm_jax.errors import UserError
 
 Check = tuple[bool, str, str]  # (holds, key, what to do)
 
+# What projections are called in Llama's family, as users of peft know them.
+_PEFT = {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "o_proj": "out",
+    "up_proj": "up",
+    "gate_proj": "gate",
+    "down_proj": "down",
+}
+
 
 def validate_model(model: ModelConfig, where: str) -> ModelConfig:
     """Checks `model`, fills in its derived fields, and returns it.
@@ -120,9 +131,11 @@ def _adapter_checks(model: ModelConfig) -> Iterator[Check]:
     if lora.targets == ("all",):
         return
     wrong = [name for name in lora.targets if name not in places]
+    meant = [_PEFT[name] for name in wrong if name in _PEFT]
     yield (
         bool(lora.targets) and not wrong and len(set(lora.targets)) == len(lora.targets),
         "model.lora.targets",
         (f"'{wrong[0]}' is no projection of this model" if wrong else f"{lora.targets}")
+        + (f" (it is called '{meant[0]}' here)" if meant else "")
         + f": name each once, of {', '.join(places)}; or all of them by 'all'",
     )

@@ -207,7 +207,8 @@ def _check_objective(config: Config) -> Iterator[Check]:
         yield (
             model.head == head,
             "init_from",
-            f"its model has no head that a loss could be computed of (model.head = '{model.head}')",
+            f"its model has no head that a loss could be computed of (model.head = '{model.head}'):"
+            " take one with its language-model head; this one gives vectors (lm_jax.embed)",
         )
         if model.head == head:
             yield objective == fits, "data.objective", f"must be '{fits}' for this model"

@@ -77,6 +77,11 @@ class Generator:
           UserError: the model or its vocabulary cannot be used for this.
         """
         config = model.config
+        if config.head == "none":
+            raise UserError(
+                "model.head = 'none': this model gives vectors (lm_jax.embed) and cannot continue"
+                " text"
+            )
         if not config.causal:
             raise UserError(
                 "model.causal = False: this model fills in masked tokens and cannot continue text"

@@ -147,4 +147,7 @@ def choose_family(model: ModelConfig) -> Family:
             return family
     # Another head, or no such model at all, is further than any number of fields.
     nearest = min(failures, key=lambda m: (not m.startswith("no "), m.count("\n")))
-    raise UserError(f"no family of published models has this shape; nearest: {nearest}")
+    raise UserError(
+        "no family of published models has this shape, so it cannot be exported; nearest:"
+        f" {nearest}"
+    )

@@ -226,7 +226,9 @@ class Transformer(nnx.Module):
           UserError: the model ends with its hidden states.
         """
         if self.config.head == "none":
-            raise UserError("model.head = 'none': this model gives hidden states and no scores")
+            raise UserError(
+                "model.head = 'none': this model gives vectors (lm_jax.embed) and no scores"
+            )
         embedding = self.head is None
         weight = use(self.embedding, "float32").T if embedding else use(self.head, "float32")
         bias = None if self.head_bias is None else use(self.head_bias, "float32")

@@ -82,7 +82,10 @@ def _near(names: dict[str, np.ndarray], pattern: str) -> str:
     for name, layers in names.items():
         known += _layer_names(name, layers.size) if layers.ndim else []
     close = difflib.get_close_matches(pattern, known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f" (there are {', '.join(names)})"
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    shown = [n.replace(_STACKED, f"{_STACKED}N.", 1) for n in names if not is_adapter(n)]
+    return f" (there are {', '.join(shown)}; N is a layer from 0 on)"
 
 
 def _decayed(name: str, layers: int | None, config: Config) -> np.ndarray:

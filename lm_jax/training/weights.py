@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection
 
 import jax
@@ -71,7 +72,17 @@ def _is_run(path: str) -> bool:
 
 def _pretrained(path: str) -> str:
     if not os.path.isdir(path):
-        raise UserError(f"there is no folder '{path}'")
+        hint = (
+            "; nothing is downloaded: fetch it first"
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+            else ""
+        )
+        raise UserError(f"there is no folder '{path}'{hint}")
+    if os.path.exists(os.path.join(path, "adapter_config.json")):
+        raise UserError(
+            f"'{path}' holds adapters alone: use the workdir that they were trained in, or the"
+            " merged model (python -m lm_jax.convert)"
+        )
     if not pretrained.is_pretrained(path):
         raise UserError(
             f"'{path}' is neither the workdir of a run nor a Hugging Face folder: both"
