@@ -212,6 +212,8 @@ class MeshConfig:
     data: int = resumable(-1)  # copies of the model, each with a part of the batch
     fsdp: int = resumable(1)  # parts of the batch that also share the parameters out
     tensor: int = resumable(1)  # parts of each layer's heads and feed-forward
+    sequence: int = resumable(1)  # parts of each row; they share the parameters out as well
+    expert: int = resumable(1)  # parts of the experts, and of the batch
 
 
 @dataclasses.dataclass

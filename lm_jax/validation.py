@@ -184,11 +184,11 @@ def _checks(config: Config) -> Iterator[Check]:
         "adapters need weights that they belong to: name them with init_from",
     )
     yield 0 <= optimizer.final_fraction <= 1, "optimizer.final_fraction", "must be in [0, 1]"
-    axes = (mesh.data, mesh.fsdp, mesh.tensor)
+    axes = (mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence, mesh.expert)
     yield (
         all(n == -1 or n > 0 for n in axes) and axes.count(-1) <= 1,
         "mesh",
-        f"data, fsdp, tensor = {axes}: each at least 1, and at most one of them -1",
+        f"data, fsdp, tensor, sequence, expert = {axes}: each at least 1, at most one of them -1",
     )
     profile = config.logging.profile_steps
     yield (

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lm_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, RopeScaling
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.transformer import Transformer
-from lm_jax.sharding.mesh import make_mesh
+from lm_jax.sharding.mesh import activation_spec, make_mesh
 from lm_jax.training.step import skeleton_of
 from lm_jax.validation import validate
 
@@ -106,14 +106,14 @@ def run_config(model: ModelConfig = GPT2, rows: int = 8, **sections: dict) -> Co
     return validate(config)
 
 
-def on_devices(axes: tuple[int, int, int]) -> Mesh:
-    """A mesh of data x fsdp x tensor devices, the first ones there are."""
+def on_devices(axes: tuple[int, ...]) -> Mesh:
+    """A mesh of data x fsdp x tensor [x sequence [x expert]] devices, the first ones there are."""
     return make_mesh(MeshConfig(*axes), jax.devices()[: math.prod(axes)])
 
 
 def shard(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """A batch on the mesh that is set."""
-    return jax.device_put(batch, jax.P(("data", "fsdp")))
+    return jax.device_put(batch, activation_spec("batch"))
 
 
 def packed_batch(rows: int = 8, seed: int = 0, length: int = T) -> dict[str, np.ndarray]:

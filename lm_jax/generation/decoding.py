@@ -21,7 +21,7 @@ from lm_jax.generation.sampling import Knobs, Sampling, next_tokens, row_keys
 from lm_jax.generation.text import TextStream
 from lm_jax.model.cache import Cache, init_cache, lengthen
 from lm_jax.model.transformer import Transformer
-from lm_jax.sharding.mesh import activation_spec, batch_shards, reshard
+from lm_jax.sharding.mesh import activation_spec, reshard, shards
 
 DEFAULT = Sampling()
 _SMALLEST_BUCKET = 32  # tokens; shorter prompts and caches would save next to nothing
@@ -133,8 +133,8 @@ class Generator:
         rows = [
             self._row(i, prompt, len(prompts), max_tokens, stop) for i, prompt in enumerate(prompts)
         ]
-        shards = _batch_shards()
-        B = -(-min(batch_size, len(rows)) // shards) * shards  # the same for the last, smaller one
+        parts = shards("batch")
+        B = -(-min(batch_size, len(rows)) // parts) * parts  # the same for the last, smaller one
         for first in range(0, len(rows), batch_size):
             self._run(rows[first : first + batch_size], B, sampling.knobs(), seed, on_text)
         return [row.completion() for row in rows]
@@ -236,11 +236,6 @@ class _Row:
         return Completion(self.prompt, self.stream.text, tuple(self.tokens), self.finish_reason)
 
 
-def _batch_shards() -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else batch_shards(mesh)
-
-
 def _bucket(n: int) -> int:
     """The power of two to compile for."""
     return max(_SMALLEST_BUCKET, 1 << (n - 1).bit_length())
@@ -266,7 +261,7 @@ def prefill(
       slots: of the cache, at least T.
     """
     B, T = tokens_BT.shape
-    tokens_BT = reshard(tokens_BT, activation_spec("batch", "length"))
+    tokens_BT = reshard(tokens_BT, activation_spec("batch", None))
     # Attention over the prompt alone, not over the empty slots that follow.
     x_BTD, cache = model(tokens_BT, cache=init_cache(model.config, B, T))
     cache = lengthen(cache, slots)

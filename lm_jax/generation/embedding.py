@@ -14,7 +14,7 @@ import numpy as np
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.model.transformer import Transformer
-from lm_jax.sharding.mesh import activation_spec, batch_shards, reshard
+from lm_jax.sharding.mesh import activation_spec, reshard, shards
 
 POOLINGS = ("mean", "first", "last")
 _SMALLEST_BUCKET = 16  # tokens; shorter rows would save next to nothing
@@ -75,9 +75,8 @@ def embed(
         if not len(ids):
             raise UserError(f"text {i + 1} of {len(texts)} is empty: it has no token to embed")
         rows.append(ids)
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else batch_shards(mesh)
-    B = -(-min(batch_size, max(len(rows), 1)) // shards) * shards
+    parts = shards("batch")
+    B = -(-min(batch_size, max(len(rows), 1)) // parts) * parts
     out = np.zeros((len(rows), model.config.width), np.float32)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for first in range(0, len(order), B):
@@ -97,7 +96,7 @@ def embed(
 def _pooled(
     model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, kind: str, normalize: bool
 ) -> jax.Array:
-    tokens_BT = reshard(tokens_BT, activation_spec("batch", "length"))
+    tokens_BT = reshard(tokens_BT, activation_spec("batch", None))
     lengths_B1 = reshard(lengths_B, activation_spec("batch"))[:, None]
     place_1T = jnp.arange(tokens_BT.shape[1])[None]
     segments_BT = (place_1T < lengths_B1).astype(jnp.int32)

@@ -10,7 +10,7 @@ from lm_jax.data.packing import with_ends
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.model.transformer import Transformer
-from lm_jax.sharding.mesh import activation_spec, reshard
+from lm_jax.sharding.mesh import activation_spec, reshard, shards
 
 
 class Filled(NamedTuple):
@@ -53,10 +53,9 @@ def fill_in(
 @jax.jit
 def _most_probable(model: Transformer, ids_T: jax.Array, special_V: jax.Array) -> jax.Array:
     """int32 [T]: the id of text that scores highest in each place."""
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]  # one a device, all alike
+    rows = shards("batch")  # one a device, all alike
     tokens_BT = jnp.broadcast_to(
-        ids_T[None], (rows, len(ids_T)), out_sharding=activation_spec("batch", "length")
+        ids_T[None], (rows, len(ids_T)), out_sharding=activation_spec("batch", None)
     )
     x_BTD, _ = model(tokens_BT)
     scores_BTV = jnp.where(special_V, -jnp.inf, model.logits(x_BTD))

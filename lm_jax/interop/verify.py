@@ -11,7 +11,7 @@ import numpy as np
 
 from lm_jax.errors import UserError
 from lm_jax.model.transformer import Transformer
-from lm_jax.sharding.mesh import activation_spec, batch_shards, reshard
+from lm_jax.sharding.mesh import activation_spec, reshard, shards
 
 _ROWS, _LENGTH = 2, 64
 # Of the spread of the values, by the dtype of the weights: what rounding them explains.
@@ -50,8 +50,7 @@ def compare(model: Transformer, folder: str) -> Comparison:
     """
     theirs = _load(folder)
     length = min(_LENGTH, model.config.max_length)
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = _ROWS if mesh.empty else _ROWS * batch_shards(mesh)
+    rows = _ROWS * shards("batch")
     ids_BT = np.random.default_rng(0).integers(
         0, model.config.vocab_size, (rows, length), dtype=np.int32
     )
@@ -60,7 +59,7 @@ def compare(model: Transformer, folder: str) -> Comparison:
 
     @jax.jit
     def outputs(model: Transformer, ids_BT: jax.Array) -> jax.Array:
-        x_BTD, _ = model(reshard(ids_BT, activation_spec("batch", "length")))
+        x_BTD, _ = model(reshard(ids_BT, activation_spec("batch", None)))
         return x_BTD if none else model.logits(x_BTD)
 
     with jax.default_matmul_precision("highest"):  # GPUs and TPUs would round the factors

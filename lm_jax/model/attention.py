@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.model.dropout import dropout
-from lm_jax.sharding.mesh import activation_spec
+from lm_jax.sharding.mesh import activation_spec, reshard
 
 # Below every score that a finite model makes, and finite itself: a row that is masked out
 # altogether gives a uniform distribution and no NaN.
@@ -87,6 +87,7 @@ def attention(
     mask_BTS: jax.Array | None,
     *,
     backend: str = "xla",
+    length: str | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
     dropout_rate: float = 0.0,
@@ -100,6 +101,8 @@ def attention(
     Args:
       mask_BTS: see `attention_mask`.
       backend: 'xla' (the reference) or 'cudnn'.
+      length: logical axis of T. Where the mesh splits it, each part of the queries sees the keys
+        and values of all, gathered.
       scale: of the scores; None: H ** -0.5.
       softcap: scores are squashed into (-softcap, softcap) by tanh (Gemma 2); 0: not. Not with
         'cudnn'.
@@ -108,11 +111,13 @@ def attention(
     Returns:
       [B, T, N, H], of the dtype of `q_BTNH`.
     """
+    gathered = activation_spec("batch", None, "kv_heads", "head_width")
+    k_BSKH, v_BSKH = reshard(k_BSKH, gathered), reshard(v_BSKH, gathered)
     if backend == "cudnn":
-        return _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale)
+        return _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale, length)
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    grouped = activation_spec("batch", "length", "kv_heads", None, "head_width")
+    grouped = activation_spec("batch", length, "kv_heads", None, "head_width")
     q_BTKGH = jax.lax.reshape(q_BTNH, (B, T, K, N // K, H), out_sharding=grouped)
     scores_BKGTS = (H**-0.5 if scale is None else scale) * jnp.einsum(
         "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
@@ -124,7 +129,7 @@ def attention(
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
     weights_BKGTS = dropout(weights_BKGTS, dropout_rate, dropout_key)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    merged = activation_spec("batch", "length", "heads", "head_width")
+    merged = activation_spec("batch", length, "heads", "head_width")
     return jax.lax.reshape(out_BTKGH, (B, T, N, H), out_sharding=merged)
 
 
@@ -134,6 +139,7 @@ def _cudnn(
     v_BSKH: jax.Array,
     mask_BTS: jax.Array | None,
     scale: float | None,
+    length: str | None,
 ) -> jax.Array:
     """Each device runs the kernel on its own rows and heads.
 
@@ -147,9 +153,9 @@ def _cudnn(
             q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=scale, implementation="cudnn"
         )
 
-    q_spec = activation_spec("batch", "length", "heads", "head_width")
+    q_spec = activation_spec("batch", length, "heads", "head_width")
     if q_spec is not None:
-        kv_spec = activation_spec("batch", "length", "kv_heads", "head_width")
+        kv_spec = activation_spec("batch", None, "kv_heads", "head_width")
         mask_spec = None if mask_BTS is None else jax.typeof(mask_BTS).sharding.spec
         in_specs = q_spec, kv_spec, kv_spec, mask_spec
         local = jax.shard_map(local, in_specs=in_specs, out_specs=q_spec, check_vma=False)

@@ -19,6 +19,7 @@ from lm_jax.model.dropout import dropout
 from lm_jax.model.parameters import constant, normal
 from lm_jax.model.projection import Lora, project
 from lm_jax.model.rope import apply_rope
+from lm_jax.sharding.mesh import activation_spec, reshard
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -74,9 +75,10 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD, context: "Context", layer, kind, cache, key):
         c = self.config
         mask_BTS, rope = context.of(kind)
-        q_BTNH = _heads(x_BTD, self.query, self.query_bias, self.query_lora, self.query_norm)
-        k_BTKH = _heads(x_BTD, self.key, self.key_bias, self.key_lora, self.key_norm)
-        v_BTKH = _heads(x_BTD, self.value, self.value_bias, self.value_lora, None)
+        heads = functools.partial(_heads, context.whole(x_BTD), context.length)
+        q_BTNH = heads(self.query, self.query_bias, self.query_lora, self.query_norm)
+        k_BTKH = heads(self.key, self.key_bias, self.key_lora, self.key_norm)
+        v_BTKH = heads(self.value, self.value_bias, self.value_lora, None)
         if rope is not None:
             q_BTNH, k_BTKH = apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope)
         if cache is not None:
@@ -87,17 +89,18 @@ class Attention(nnx.Module):
             v_BTKH,
             mask_BTS,
             backend=context.backend,
+            length=context.length,
             scale=c.attention_scale,
             softcap=c.attention_softcap,
             dropout_rate=c.dropout,
             dropout_key=key,
         )
-        axes = "batch", "length", "embed"
+        axes = "batch", context.residual, "embed"
         return project(y_BTNH, self.out, self.out_bias, *axes, lora=self.out_lora), cache
 
 
-def _heads(x_BTD, weight, bias, lora, norm):
-    y = project(x_BTD, weight, bias, "batch", "length", *weight.axes[1:], lora=lora)
+def _heads(x_BTD, length, weight, bias, lora, norm):
+    y = project(x_BTD, weight, bias, "batch", length, *weight.axes[1:], lora=lora)
     return y if norm is None else norm(y)
 
 
@@ -124,16 +127,16 @@ class FeedForward(nnx.Module):
         self.gate_lora = _adapter(c, "gate", kg, self.gate) if c.gated_mlp else None
         self.down_lora = _adapter(c, "down", kd, self.down)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, context: "Context") -> jax.Array:
         activation = ACTIVATIONS[self.config.activation]
-        axes = "batch", "length", "mlp"
+        x_BTD, axes = context.whole(x_BTD), ("batch", context.length, "mlp")
         h_BTF = project(x_BTD, self.up, self.up_bias, *axes, lora=self.up_lora)
         if self.gate is None:
             h_BTF = activation(h_BTF)
         else:
             gate_BTF = project(x_BTD, self.gate, self.gate_bias, *axes, lora=self.gate_lora)
             h_BTF = activation(gate_BTF) * h_BTF
-        axes = "batch", "length", "embed"
+        axes = "batch", context.residual, "embed"
         return project(h_BTF, self.down, self.down_bias, *axes, lora=self.down_lora)
 
 
@@ -149,6 +152,14 @@ class Context:
     masks_BTS: tuple[jax.Array | None, ...]
     ropes: tuple[tuple[jax.Array, jax.Array] | None, ...]
     backend: str = dataclasses.field(metadata={"static": True})
+    # The logical axis of a row's tokens where heads and feed-forward are split, and in between,
+    # where more devices can share them; None: whole.
+    length: str | None = dataclasses.field(metadata={"static": True})
+    residual: str | None = dataclasses.field(metadata={"static": True})
+
+    def whole(self, x_BTD: jax.Array) -> jax.Array:
+        """The residual stream as the products take it."""
+        return reshard(x_BTD, activation_spec("batch", self.length, "embed"))
 
     def of(self, kind) -> tuple[jax.Array | None, tuple[jax.Array, jax.Array] | None]:
         """The mask and the tables of a kind, whose number may be traced."""
@@ -183,7 +194,7 @@ class Block(nnx.Module):
         x_BTD = x_BTD + dropout(h_BTD, rate, key_attention)
         if not pre:
             x_BTD = self.attention_norm(x_BTD)
-        h_BTD = self.mlp(self.mlp_norm(x_BTD) if pre else x_BTD)
+        h_BTD = self.mlp(self.mlp_norm(x_BTD) if pre else x_BTD, context)
         if self.mlp_out_norm is not None:
             h_BTD = self.mlp_out_norm(h_BTD)
         x_BTD = x_BTD + dropout(h_BTD, rate, key_mlp)

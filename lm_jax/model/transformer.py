@@ -24,9 +24,9 @@ from lm_jax.model.attention import attention_mask, layer_kinds, resolve_backend
 from lm_jax.model.block import ACTIVATIONS, Block, Context, Norm
 from lm_jax.model.dropout import dropout
 from lm_jax.model.parameters import constant, normal, use
-from lm_jax.model.projection import project
+from lm_jax.model.projection import product, project
 from lm_jax.model.rope import rope_tables
-from lm_jax.sharding.mesh import activation_spec
+from lm_jax.sharding.mesh import activation_spec, dividing, reshard
 
 # What the forward pass keeps for the backward pass, by name. 'none' keeps all and computes nothing
 # again; 'dots' keeps the outputs of products without a batch axis (the projections);
@@ -49,21 +49,17 @@ class Head:
     softcap: float = dataclasses.field(metadata={"static": True})
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """float32 [B, T, V], from one product of two matrices in the dtype of `x_BTD`."""
-        (B, T, D), V = x_BTD.shape, self.weight_DV.shape[1]
-        x_MD = jax.lax.reshape(x_BTD, (B * T, D), out_sharding=activation_spec("batch", "embed"))
-        logits_MV = jnp.einsum(
-            "MD,DV->MV",
-            x_MD,
-            self.weight_DV.astype(x_BTD.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        """float32 [B, T, V], from a product in the dtype of `x_BTD`."""
+        weight_DV, merged = self.weight_DV.astype(x_BTD.dtype), ("embed", "vocab")
+        length = dividing("length", x_BTD.shape[1])
+        axes = "batch", length, "vocab"
+        x_BTD = reshard(x_BTD, activation_spec("batch", length, "embed"))
+        logits_BTV = product(x_BTD, weight_DV, 1, merged, *axes, dtype=jnp.float32)
         if self.bias_V is not None:
-            logits_MV = logits_MV + self.bias_V[None]
+            logits_BTV = logits_BTV + self.bias_V[None, None]
         if self.softcap:
-            logits_MV = self.softcap * jnp.tanh(logits_MV / self.softcap)
-        spec = activation_spec("batch", "length", "vocab")
-        return jax.lax.reshape(logits_MV, (B, T, V), out_sharding=spec)
+            logits_BTV = self.softcap * jnp.tanh(logits_BTV / self.softcap)
+        return logits_BTV
 
 
 class Transformer(nnx.Module):
@@ -137,6 +133,8 @@ class Transformer(nnx.Module):
         T = tokens_BT.shape[1]
         if cache is not None and (segments_BT is not None or not c.causal):
             raise ValueError("a cache needs a causal model and one document a row")
+        length = None if cache is not None else dividing("length", T)
+        residual = None if cache is not None else dividing("residual", T) or length
         order_BT = jnp.arange(T)[None]
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(order_BT, tokens_BT.shape)
@@ -146,7 +144,9 @@ class Transformer(nnx.Module):
             query_index=order_BT if cache is None else positions_BT,
             key_length=T if cache is None else cache.length,
             query_segments=segments_BT,
-            key_segments=segments_BT,
+            key_segments=None
+            if segments_BT is None
+            else reshard(segments_BT, activation_spec("batch", None)),
         )
         windows, _ = layer_kinds(c)
         context = Context(
@@ -158,11 +158,13 @@ class Transformer(nnx.Module):
             ),
             # A cached step has a query of one token or a few: nothing for a fused kernel to gain.
             backend="xla" if cache is not None else resolve_backend(c, T),
+            length=length,
+            residual=residual,
         )
-        activation = activation_spec("batch", "length", "embed")
+        here, between = (activation_spec("batch", axis, "embed") for axis in (length, residual))
 
         def look_up(table: nnx.Param, ids_BT: jax.Array) -> jax.Array:
-            return use(table, c.dtype).at[ids_BT].get(out_sharding=activation)
+            return reshard(use(table, c.dtype).at[ids_BT].get(out_sharding=here), between)
 
         x_BTD = look_up(self.embedding, tokens_BT)
         if c.embedding_scale:
@@ -209,14 +211,15 @@ class Transformer(nnx.Module):
     def pool(self, x_BTD: jax.Array) -> jax.Array:
         """[B, D]: what a classifier sees of a row, its first token's state by a dense layer and
         tanh. Needs `model.pooler`."""
-        axes = "batch", "length", "embed"
+        axes = "batch", None, "embed"
         return jnp.tanh(project(x_BTD[:, :1], self.pooler, self.pooler_bias, *axes))[:, 0]
 
     def head_input(self, x_BTD: jax.Array) -> jax.Array:
         """What the head takes for the hidden states `x_BTD`: [B, T, D]."""
         if self.head_dense is None:
             return x_BTD
-        axes = "batch", "length", "embed"
+        axes = "batch", dividing("length", x_BTD.shape[1]), "embed"
+        x_BTD = reshard(x_BTD, activation_spec(*axes))
         h_BTD = project(x_BTD, self.head_dense, self.head_dense_bias, *axes)
         return self.head_norm(ACTIVATIONS[self.config.activation](h_BTD))
 

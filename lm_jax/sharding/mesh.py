@@ -9,22 +9,27 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm_jax.config import MeshConfig
 from lm_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+# From the slowest network to the fastest: the last axis joins devices that are wired together.
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+Axes = str | tuple[str, ...] | None
 
-# Logical axis of a parameter -> mesh axis.
-PARAMETER_RULES: dict[str, str | None] = {
+# Logical axis of a parameter -> mesh axes.
+PARAMETER_RULES: dict[str, Axes] = {
     "layers": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert", "sequence"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": "expert",
+    "expert_embed": ("fsdp", "sequence"),
     "head_width": None,
     "rank": None,
     "features": None,
@@ -33,11 +38,14 @@ PARAMETER_RULES: dict[str, str | None] = {
 }
 # Logical axis of an activation -> mesh axes. A parameter in use is an activation too: its fsdp
 # parts are gathered, its tensor parts stay where they are.
-ACTIVATION_RULES: dict[str, str | tuple[str, ...] | None] = PARAMETER_RULES | {
-    "batch": ("data", "fsdp"),
-    "length": None,
+ACTIVATION_RULES: dict[str, Axes] = PARAMETER_RULES | {
+    "batch": ("data", "fsdp", "expert"),
+    "length": "sequence",
+    "residual": ("sequence", "tensor"),  # the length, between the products that split heads
     "embed": None,
+    "expert_embed": None,
 }
+BATCH_AXES = ACTIVATION_RULES["batch"]
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -47,28 +55,41 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
       UserError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-    given = int(np.prod([n for n in sizes.values() if n != -1]))
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    given = math.prod(n for n in sizes.values() if n != -1)
     if -1 in sizes.values() and len(devices) % given == 0:
         sizes = {k: len(devices) // given if n == -1 else n for k, n in sizes.items()}
-    if int(np.prod(list(sizes.values()))) != len(devices):
+    if math.prod(sizes.values()) != len(devices):
+        asked = " x ".join(f"{k} {getattr(config, k)}" for k in AXES)
         raise UserError(
-            f"mesh: data {config.data} x fsdp {config.fsdp} x tensor {config.tensor} does not fit"
-            f" {len(devices)} device(s): change mesh.*, or set one axis to -1 to take what is left"
+            f"mesh: {asked} does not fit {len(devices)} device(s): change mesh.*, or set one axis"
+            " to -1 to take what is left"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
+    shape, slices = tuple(sizes.values()), {getattr(d, "slice_index", 0) for d in devices}
+    types = (AxisType.Explicit,) * len(AXES)
+    if len(slices) == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if sizes["data"] % len(slices):
+        raise UserError(
+            f"mesh.data = {sizes['data']} is not a multiple of the {len(slices)} slices: between"
+            " slices the network is slow, and only the gradients of whole copies should cross it"
+        )
+    across = (len(slices), *(1,) * (len(AXES) - 1))
+    within = (sizes["data"] // len(slices), *shape[1:])
+    array = mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
     )
+    return Mesh(array, AXES, axis_types=types)
 
 
 def batch_shards(mesh: Mesh) -> int:
     """Parts that the batch is split in."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return _size(mesh, BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `data` and `fsdp`, all else whole."""
-    return NamedSharding(mesh, P(ACTIVATION_RULES["batch"]))
+    """Rows over `BATCH_AXES`, all else whole."""
+    return NamedSharding(mesh, _spec(ACTIVATION_RULES, ("batch",), mesh))
 
 
 def to_devices(local, mesh: Mesh):
@@ -88,18 +109,30 @@ def to_devices(local, mesh: Mesh):
 
 def activation_spec(*axes: str | None) -> P | None:
     """The sharding of an activation with these logical axes; None outside of a mesh."""
-    return _spec(ACTIVATION_RULES, axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else _spec(ACTIVATION_RULES, axes, mesh)
 
 
 def parameter_spec(*axes: str) -> P | None:
     """The sharding of a parameter, a gradient or an optimizer's moment; None outside of a mesh."""
-    return _spec(PARAMETER_RULES, axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else _spec(PARAMETER_RULES, axes, mesh)
 
 
-def _spec(rules: dict, axes: tuple[str | None, ...]) -> P | None:
-    if jax.sharding.get_abstract_mesh().empty:
-        return None
-    return P(*(rules[a] if a else None for a in axes))
+def _spec(rules: dict[str, Axes], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> P:
+    """Mesh axes of one device split nothing, and are left out."""
+    return P(*(_names(rules[a] if a else None, mesh) or None for a in axes))
+
+
+def shards(axis: str | None) -> int:
+    """Parts that an activation's logical axis is split in; 1 outside of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or axis is None else _size(mesh, ACTIVATION_RULES[axis])
+
+
+def dividing(axis: str, size: int) -> str | None:
+    """`axis` if the mesh divides an array axis of this size, else None, which leaves it whole."""
+    return None if size % shards(axis) else axis
 
 
 def reshard(x: jax.Array, wanted: P | None) -> jax.Array:
@@ -125,14 +158,14 @@ def check_parameters(
         if len(axes[name]) != len(shape) or any(a not in PARAMETER_RULES for a in axes[name]):
             raise ValueError(f"{name}: axes {axes[name]} of {shape} are not covered by the rules")
         for size, axis in zip(shape, axes[name]):
-            mesh_axis = PARAMETER_RULES[axis]
-            if mesh_axis is None:
-                continue
-            sizes.setdefault(mesh_axis, []).append(size)
-            if size % mesh.shape[mesh_axis]:
+            over = _names(PARAMETER_RULES[axis], mesh)
+            for mesh_axis in over:
+                sizes.setdefault(mesh_axis, []).append(size)
+            if size % _size(mesh, over):
+                keys = " x ".join(f"mesh.{a}" for a in over)
                 wrong.append(
-                    f"{name}: mesh.{mesh_axis} = {mesh.shape[mesh_axis]} does not divide its"
-                    f" '{axis}' axis of {size}"
+                    f"{name}: {keys} = {_size(mesh, over)} does not divide its '{axis}' axis of"
+                    f" {size}"
                 )
     if wrong:
         possible = " and ".join(
@@ -145,6 +178,16 @@ def check_parameters(
             + f"\nwith this model and {mesh.size} devices, {possible}: change mesh.* (a model that"
             " comes with its weights stays as it is)"
         )
+
+
+def _names(axes: Axes, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Those of `axes` that split anything."""
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+
+def _size(mesh: Mesh | AbstractMesh, axes: Axes) -> int:
+    return math.prod(mesh.shape[axis] for axis in _names(axes, mesh))
 
 
 def _divisors(n: int) -> str:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.model.transformer import Head, Transformer
+from lm_jax.sharding.mesh import activation_spec, dividing, reshard, shards
 
 # Logits that one device holds at a time where the chunk is left to be chosen: 2^25 float32 numbers,
 # 128 MiB, and as much again for their gradient.
@@ -52,21 +53,37 @@ def cross_entropy(
     Args:
       x_BTD: what the head takes, see `Transformer.head_input`.
       weights_BT: float32; 0 leaves a position out.
-      chunk: divides T; None: all at once.
+      chunk: divides T, and the parts that the mesh splits a row in divide it; None: all at once.
     """
     T = x_BTD.shape[1]
-    if chunk is None or chunk == T:
-        return _sums(x_BTD, head, targets_BT, weights_BT)
-    if T % chunk:
-        raise ValueError(f"chunks of {chunk} do not divide {T} positions")
+    length = dividing("length", T)
+    inputs = tuple(
+        reshard(x, activation_spec("batch", length, *(None,) * (x.ndim - 2)))
+        for x in (x_BTD, targets_BT, weights_BT)
+    )
+    if chunk is None or chunk >= T:
+        return _sums(inputs[0], head, *inputs[1:])
+    split = shards(length)  # parts of a row; a chunk has as much of each, so that none has to move
+    if chunk % split or T % chunk:
+        raise ValueError(f"chunks of {chunk} do not divide {T} positions in {split} part(s)")
 
     def chunks_first(x):
-        return jnp.moveaxis(x.reshape(x.shape[0], T // chunk, chunk, *x.shape[2:]), 1, 0)
+        B, rest = x.shape[0], x.shape[2:]
+        x = jax.lax.reshape(
+            x,
+            (B, split, T // chunk, chunk // split, *rest),
+            out_sharding=activation_spec("batch", length, *(None,) * x.ndim),
+        )
+        return jax.lax.reshape(
+            jnp.moveaxis(x, 2, 0),
+            (T // chunk, B, chunk, *rest),
+            out_sharding=activation_spec(None, "batch", length, *(None,) * len(rest)),
+        )
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, _sums(part[0], head, *part[1:])), None
 
-    parts = tuple(map(chunks_first, (x_BTD, targets_BT, weights_BT)))
+    parts = tuple(map(chunks_first, inputs))
     return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), LossSums.zero(), parts)[0]
 
 
@@ -104,6 +121,7 @@ def batch_loss(
         dropout_key=dropout_key,
     )
     if "predicted" in batch:
+        x_BTD = reshard(x_BTD, activation_spec("batch", None, "embed"))
         x_BTD = jnp.take_along_axis(x_BTD, batch["predicted"][:, :, None], axis=1)
     return cross_entropy(
         model.head_input(x_BTD),

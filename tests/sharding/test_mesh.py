@@ -13,6 +13,7 @@ from lm_jax.config import MeshConfig
 from lm_jax.errors import UserError
 from lm_jax.model import parameters as params_lib
 from lm_jax.sharding.mesh import (
+    AXES,
     activation_spec,
     batch_shards,
     check_parameters,
@@ -27,18 +28,20 @@ from lm_jax.training.step import TrainState, make_step, skeleton_of
 @pytest.mark.parametrize(
     "asked, got",
     [
-        ((-1, 1, 1), (8, 1, 1)),
-        ((2, -1, 2), (2, 2, 2)),
-        ((1, 8, -1), (1, 8, 1)),
-        ((4, 2, 1), (4, 2, 1)),
+        ((-1, 1, 1), (8, 1, 1, 1, 1)),
+        ((2, -1, 2), (2, 2, 2, 1, 1)),
+        ((1, 8, -1), (1, 8, 1, 1, 1)),
+        ((4, 2, 1), (4, 2, 1, 1, 1)),
+        ((1, 1, 2, -1, 2), (1, 1, 2, 2, 2)),
     ],
 )
 def test_minus_one_takes_the_devices_that_are_left(asked, got):
     mesh = make_mesh(MeshConfig(*asked))
-    assert tuple(mesh.shape.values()) == got
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    of_config = "data", "fsdp", "tensor", "sequence", "expert"
+    assert tuple(mesh.shape[axis] for axis in of_config) == got
+    assert mesh.axis_names == AXES
     assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
-    assert batch_shards(mesh) == got[0] * got[1]
+    assert batch_shards(mesh) == got[0] * got[1] * got[4]
 
 
 @pytest.mark.parametrize("asked", [(3, 1, 1), (-1, 3, 1), (2, 2, 1), (4, 4, 1), (16, -1, 1)])

@@ -58,7 +58,9 @@ def on_one_device(optimizer: str, steps: int):
     return losses(config, (1, 1, 1), steps)[0]
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 2, 2), (1, 1, 1, 4, 2)], ids=str
+)
 def test_eight_devices_learn_as_one_does(axes):
     config = run_config(SMALL, optimizer=FAST, training={"steps": 20})
     want = on_one_device("adamw", 20)
