@@ -105,7 +105,7 @@ class ModelConfig:
     remat: str = choice("none", "all_dots", "dots", "full", resumable=True)
     scan_layers: bool = resumable(True)  # False unrolls; the parameters are stacked either way
     # How it is computed; auto: the fastest that this platform has for this model.
-    attention: str = choice("auto", "xla", "cudnn", resumable=True)
+    attention: str = choice("auto", "xla", "cudnn", "splash", "ring", resumable=True)
 
 
 # What of `model` is the recipe's with `init_from` as well; all else comes with the weights.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.model.dropout import dropout
-from lm_jax.sharding.mesh import activation_spec, reshard
+from lm_jax.sharding.mesh import activation_spec, reshard, shards
 
 # Below every score that a finite model makes, and finite itself: a row that is masked out
 # altogether gives a uniform distribution and no NaN.
@@ -59,25 +59,42 @@ def resolve_backend(config: ModelConfig, length: int) -> str:
     """The backend for rows of `length` tokens: what 'auto' stands for, or what was asked for.
 
     Raises:
-      UserError: 'cudnn' was asked for, and cannot be had for this model or on this platform.
+      UserError: it was asked for, and cannot be had for this model, mesh or platform.
     """
     if config.attention == "xla":
         return "xla"
-    platform, width = jax.default_backend(), config.head_width
+    mesh, width, parts = jax.sharding.get_abstract_mesh(), config.head_width, shards("length")
+    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    no_dropout = "model.dropout = 0", config.dropout > 0
     obstacles = {
-        f"an NVIDIA GPU, and this is {platform}": platform != "gpu",
-        "model.dtype = bfloat16": config.dtype != "bfloat16",
-        "model.dropout = 0": config.dropout > 0,
-        f"a model.head_width of up to 128 that 8 divides, not {width}": width > 128 or width % 8,
-        "model.attention_softcap = 0": config.attention_softcap > 0,
-        f"an even number of tokens a row, not {length}": length % 2,
+        "splash": (
+            (f"a TPU, and this is {platform}", platform != "tpu"),
+            no_dropout,
+            (f"a part of a row of a multiple of 128 tokens, not {length}", length % (128 * parts)),
+        ),
+        "cudnn": (
+            (f"an NVIDIA GPU, and this is {platform}", platform not in ("gpu", "cuda")),
+            ("model.dtype = bfloat16", config.dtype != "bfloat16"),
+            no_dropout,
+            (
+                f"a model.head_width of up to 128 that 8 divides, not {width}",
+                width > 128 or width % 8,
+            ),
+            ("model.attention_softcap = 0", config.attention_softcap > 0),
+            (f"an even number of tokens a row, not {length}", length % 2),
+        ),
+        "ring": (
+            ("mesh.sequence above 1, that divides the row", parts == 1 or length % parts),
+            no_dropout,
+        ),
     }
-    needed = [need for need, missing in obstacles.items() if missing]
     if config.attention == "auto":
-        return "xla" if needed else "cudnn"
+        usable = (k for k, needs in obstacles.items() if not any(missing for _, missing in needs))
+        return next(usable, "xla")
+    needed = [need for need, missing in obstacles[config.attention] if missing]
     if needed:
-        raise UserError(f"model.attention: 'cudnn' needs {needed[0]}; use auto")
-    return "cudnn"
+        raise UserError(f"model.attention: '{config.attention}' needs {needed[0]}; use auto")
+    return config.attention
 
 
 def attention(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.config import ModelConfig
 from lm_jax.model import cache as kv
@@ -18,7 +19,9 @@ from lm_jax.model.attention import attention
 from lm_jax.model.dropout import dropout
 from lm_jax.model.parameters import constant, normal
 from lm_jax.model.projection import Lora, project
+from lm_jax.model.ring import ring_attention
 from lm_jax.model.rope import apply_rope
+from lm_jax.model.splash import splash_attention
 from lm_jax.sharding.mesh import activation_spec, reshard
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -27,6 +30,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+# Attention that works on blocks of a row and makes its masks itself.
+BLOCKWISE: dict[str, Callable[..., jax.Array]] = {
+    "splash": splash_attention,
+    "ring": ring_attention,
 }
 
 
@@ -83,18 +93,30 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope)
         if cache is not None:
             cache, k_BTKH, v_BTKH = kv.update(cache, layer, k_BTKH, v_BTKH, context.positions_BT)
-        y_BTNH = attention(
-            q_BTNH,
-            k_BTKH,
-            v_BTKH,
-            mask_BTS,
-            backend=context.backend,
-            length=context.length,
-            scale=c.attention_scale,
-            softcap=c.attention_softcap,
-            dropout_rate=c.dropout,
-            dropout_key=key,
-        )
+        common = {
+            "length": context.length,
+            "scale": c.attention_scale,
+            "softcap": c.attention_softcap,
+        }
+        if context.backend in BLOCKWISE:
+            run = functools.partial(BLOCKWISE[context.backend], causal=c.causal, **common)
+            of_kind = [functools.partial(run, window=w) for w in context.windows]
+            inputs = q_BTNH, k_BTKH, v_BTKH, context.segments_BT
+            y_BTNH = (
+                of_kind[0](*inputs) if len(of_kind) == 1 else jax.lax.switch(kind, of_kind, *inputs)
+            )
+        else:
+            y_BTNH = attention(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                mask_BTS,
+                backend=context.backend,
+                dropout_rate=c.dropout,
+                dropout_key=key,
+                **common,
+            )
+        y_BTNH = checkpoint_name(y_BTNH, "attention")
         axes = "batch", context.residual, "embed"
         return project(y_BTNH, self.out, self.out_bias, *axes, lora=self.out_lora), cache
 
@@ -149,8 +171,10 @@ class Context:
     """
 
     positions_BT: jax.Array
-    masks_BTS: tuple[jax.Array | None, ...]
+    segments_BT: jax.Array | None
+    masks_BTS: tuple[jax.Array | None, ...] | None  # None: the backend makes them itself
     ropes: tuple[tuple[jax.Array, jax.Array] | None, ...]
+    windows: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     backend: str = dataclasses.field(metadata={"static": True})
     # The logical axis of a row's tokens where heads and feed-forward are split, and in between,
     # where more devices can share them; None: whole.
@@ -168,7 +192,8 @@ class Context:
             return options[0] if len(options) == 1 else jax.lax.select_n(kind, *options)
 
         pick = functools.partial(jax.tree.map, select)
-        return pick(*self.masks_BTS), pick(*self.ropes)
+        mask_BTS = None if self.masks_BTS is None else pick(*self.masks_BTS)
+        return mask_BTS, pick(*self.ropes)
 
 
 class Block(nnx.Module):

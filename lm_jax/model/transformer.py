@@ -21,7 +21,7 @@ from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.model import cache as kv
 from lm_jax.model.attention import attention_mask, layer_kinds, resolve_backend
-from lm_jax.model.block import ACTIVATIONS, Block, Context, Norm
+from lm_jax.model.block import ACTIVATIONS, BLOCKWISE, Block, Context, Norm
 from lm_jax.model.dropout import dropout
 from lm_jax.model.parameters import constant, normal, use
 from lm_jax.model.projection import product, project
@@ -149,15 +149,18 @@ class Transformer(nnx.Module):
             else reshard(segments_BT, activation_spec("batch", None)),
         )
         windows, _ = layer_kinds(c)
+        # A cached step has a query of one token or a few: nothing for a fused kernel to gain.
+        backend = "xla" if cache is not None else resolve_backend(c, T)
         context = Context(
             positions_BT=positions_BT,
-            masks_BTS=tuple(mask(window=w) for w in windows),
+            segments_BT=segments_BT,
+            masks_BTS=None if backend in BLOCKWISE else tuple(mask(window=w) for w in windows),
             ropes=tuple(
                 rope_tables(c, positions_BT, w > 0) if c.position == "rope" else None
                 for w in windows
             ),
-            # A cached step has a query of one token or a few: nothing for a fused kernel to gain.
-            backend="xla" if cache is not None else resolve_backend(c, T),
+            windows=windows,
+            backend=backend,
             length=length,
             residual=residual,
         )
@@ -244,4 +247,4 @@ class Transformer(nnx.Module):
 
 def skeleton_of(config: ModelConfig) -> Transformer:
     """The module with abstract arrays in place of parameters."""
-    return jax.eval_shape(functools.partial(Transformer, config), jax.random.key(0))
+    return jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
