@@ -11,7 +11,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.config import ModelConfig
 from lm_jax.model import cache as kv
@@ -22,7 +21,7 @@ from lm_jax.model.projection import Lora, project
 from lm_jax.model.ring import ring_attention
 from lm_jax.model.rope import apply_rope
 from lm_jax.model.splash import splash_attention
-from lm_jax.sharding.mesh import activation_spec, reshard
+from lm_jax.sharding.mesh import activation_spec, gather, names_in
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -116,7 +115,6 @@ class Attention(nnx.Module):
                 dropout_key=key,
                 **common,
             )
-        y_BTNH = checkpoint_name(y_BTNH, "attention")
         axes = "batch", context.residual, "embed"
         return project(y_BTNH, self.out, self.out_bias, *axes, lora=self.out_lora), cache
 
@@ -183,7 +181,9 @@ class Context:
 
     def whole(self, x_BTD: jax.Array) -> jax.Array:
         """The residual stream as the products take it."""
-        return reshard(x_BTD, activation_spec("batch", self.length, "embed"))
+        between, here = (activation_spec("batch", a) for a in (self.residual, self.length))
+        summed = tuple(name for name in names_in(between) if name not in names_in(here))
+        return gather(x_BTD, activation_spec("batch", self.length, "embed"), summed)
 
     def of(self, kind) -> tuple[jax.Array | None, tuple[jax.Array, jax.Array] | None]:
         """The mask and the tables of a kind, whose number may be traced."""

@@ -5,10 +5,18 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from lm_jax.config import LoraConfig
 from lm_jax.model.parameters import constant, normal, use
-from lm_jax.sharding.mesh import activation_spec, shards
+from lm_jax.sharding.mesh import (
+    activation_spec,
+    gather,
+    names_in,
+    parameter_spec,
+    scatter,
+    shards,
+)
 
 
 class Lora(nnx.Module):
@@ -42,10 +50,16 @@ def project(
       x: activations; as many leading axes remain as `axes` names before the weight's own.
       axes: logical axes of the result; None: whole.
     """
-    weight = use(p, x.dtype)
-    contracted = (x.ndim + weight.ndim - len(axes)) // 2
-    merged = p.axes[-weight.ndim], p.axes[contracted]  # how the merged axes are sharded
-    y = plus(product(x, weight, contracted, merged, *axes), bias)
+    shape = p.get_value().shape
+    contracted = (x.ndim + len(shape) - len(axes)) // 2
+    merged = p.axes[-len(shape)], p.axes[contracted]  # how the merged axes are sharded
+    weight_KO = jax.lax.reshape(
+        p.get_value().astype(x.dtype),
+        (math.prod(shape[:contracted]), math.prod(shape[contracted:])),
+        out_sharding=parameter_spec(*merged),
+    )
+    weight_KO = gather(weight_KO, activation_spec(*merged), names_in(rows_of(x)))
+    y = plus(product(x, weight_KO, merged, shape[contracted:], *axes), bias)
     if lora is not None:
         low = project(x, lora.a, None, *axes[: x.ndim - contracted], "rank")
         y = y + lora.scale * project(low, lora.b, None, *axes)
@@ -54,42 +68,61 @@ def project(
 
 def product(
     x: jax.Array,
-    weight: jax.Array,
-    contracted: int,
+    weight_KO: jax.Array,
     merged: tuple[str, str],
+    last: tuple[int, ...],
     *axes: str | None,
     dtype: jnp.dtype | None = None,
 ) -> jax.Array:
-    """The product of the last `contracted` axes of `x` with the first of `weight`.
+    """The product of the last axes of `x`, merged into one of K, with a matrix; O becomes `last`.
 
-    As one product of two matrices: XLA on CPU takes a third longer for the gradient of an einsum
-    over unflattened axes (6.3 against 7.9 ms for 2048 x 256 x 256 and back). Rows that are split
-    over devices cannot be merged with the batch, and stay as they are.
+    Batch and length are merged too: XLA on CPU takes a third longer for the gradient of an einsum
+    over unmerged axes (6.3 against 7.9 ms for 2048 x 256 x 256 and back). Only rows that are split
+    over devices cannot be merged with the batch.
 
     Args:
-      merged: logical axes of the contracted axes of `weight` taken as one, and of the others.
+      merged: logical axes of K and of O.
       axes: logical axes of the result.
       dtype: of the result; None: of the inputs.
     """
-    lead, rest, spec = x.shape[:-contracted], weight.shape[contracted:], activation_spec(*axes)
+    (B, T), K = x.shape[:2], weight_KO.shape[0]
+    (inner, outer), spec = merged, activation_spec(*axes)
     if shards(axes[1]) > 1:
-        last = tuple(range(len(lead), x.ndim))
-        dims = (last, tuple(range(contracted))), ((), ())
-        return jax.lax.dot_general(x, weight, dims, preferred_element_type=dtype, out_sharding=spec)
-    K = math.prod(weight.shape[:contracted])
-    inner, outer = merged
-    x_MK = jax.lax.reshape(x, (math.prod(lead), K), out_sharding=activation_spec("batch", inner))
-    weight_KO = jax.lax.reshape(
-        weight, (K, math.prod(rest)), out_sharding=activation_spec(inner, outer)
-    )
-    y_MO = jnp.einsum(
-        "MK,KO->MO",
-        x_MK,
-        weight_KO,
-        preferred_element_type=dtype,
-        out_sharding=activation_spec("batch", outer),
-    )
-    return jax.lax.reshape(y_MO, (*lead, *rest), out_sharding=spec)
+        rows, wanted = rows_of(x), activation_spec(*axes[:2], outer)
+        # Where the result is split further, it is by the devices that each have a part of the sum.
+        summed = tuple(name for name in names_in(wanted) if name not in names_in(rows))
+        summed = tuple(name for name in summed if name in names_in(activation_spec(inner)))
+        here = P(*rows, wanted[2], unreduced=set(summed))
+        y = jnp.einsum(
+            "BTK,KO->BTO",
+            _merged(x, (B, T, K), P(*rows, *activation_spec(inner))),
+            weight_KO,
+            preferred_element_type=dtype,
+            out_sharding=here,
+        )
+        if summed:
+            y = scatter(y, here, wanted)
+    else:
+        y = jnp.einsum(
+            "MK,KO->MO",
+            _merged(x, (B * T, K), activation_spec("batch", inner)),
+            weight_KO,
+            preferred_element_type=dtype,
+            out_sharding=activation_spec("batch", outer),
+        )
+    return jax.lax.reshape(y, (B, T, *last), out_sharding=spec)
+
+
+def _merged(x: jax.Array, shape: tuple[int, ...], spec: P | None) -> jax.Array:
+    if spec is not None:
+        spec = spec.update(reduced=jax.typeof(x).sharding.spec.reduced)
+    return jax.lax.reshape(x, shape, out_sharding=spec)
+
+
+def rows_of(x: jax.Array) -> P | None:
+    """How batch and length of activations are split; None outside of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else P(*jax.typeof(x).sharding.spec.partitions[:2])
 
 
 def plus(x: jax.Array, bias: nnx.Param | None) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.model.attention import MASKED, attention_mask
 from lm_jax.sharding.mesh import activation_spec, reshard, shards
@@ -170,6 +171,7 @@ def _forward(pair, split, q_BTKGH, keys, segments_BT):
     (_, softmax), _ = jax.lax.scan(step, (keys, softmax), jnp.arange(1, split))
     out_BTKGH = softmax.out_BTKGH / _by_token(softmax.sum_BKGT)[..., None]
     log_sum_BKGT = softmax.most_BKGT + jnp.log(softmax.sum_BKGT)
+    out_BTKGH, log_sum_BKGT = checkpoint_name((out_BTKGH, log_sum_BKGT), "attention")
     return out_BTKGH, (q_BTKGH, keys, segments_BT, out_BTKGH, log_sum_BKGT)
 
 

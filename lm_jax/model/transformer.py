@@ -26,7 +26,7 @@ from lm_jax.model.dropout import dropout
 from lm_jax.model.parameters import constant, normal, use
 from lm_jax.model.projection import product, project
 from lm_jax.model.rope import rope_tables
-from lm_jax.sharding.mesh import activation_spec, dividing, reshard
+from lm_jax.sharding.mesh import activation_spec, dividing, gather, names_in, reshard
 
 # What the forward pass keeps for the backward pass, by name. 'none' keeps all and computes nothing
 # again; 'dots' keeps the outputs of products without a batch axis (the projections);
@@ -50,11 +50,16 @@ class Head:
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V], from a product in the dtype of `x_BTD`."""
-        weight_DV, merged = self.weight_DV.astype(x_BTD.dtype), ("embed", "vocab")
-        length = dividing("length", x_BTD.shape[1])
-        axes = "batch", length, "vocab"
-        x_BTD = reshard(x_BTD, activation_spec("batch", length, "embed"))
-        logits_BTV = product(x_BTD, weight_DV, 1, merged, *axes, dtype=jnp.float32)
+        axes = "batch", dividing("length", x_BTD.shape[1]), "vocab"
+        x_BTD = reshard(x_BTD, activation_spec(*axes[:2], "embed"))
+        logits_BTV = product(
+            x_BTD,
+            self.weight_DV.astype(x_BTD.dtype),
+            ("embed", "vocab"),
+            self.weight_DV.shape[1:],
+            *axes,
+            dtype=jnp.float32,
+        )
         if self.bias_V is not None:
             logits_BTV = logits_BTV + self.bias_V[None, None]
         if self.softcap:
@@ -226,8 +231,11 @@ class Transformer(nnx.Module):
         h_BTD = project(x_BTD, self.head_dense, self.head_dense_bias, *axes)
         return self.head_norm(ACTIVATIONS[self.config.activation](h_BTD))
 
-    def output_head(self) -> Head:
+    def output_head(self, length: str | None = "length") -> Head:
         """
+        Args:
+          length: logical axis of the positions that it is for.
+
         Raises:
           UserError: the model ends with its hidden states.
         """
@@ -235,10 +243,17 @@ class Transformer(nnx.Module):
             raise UserError(
                 "model.head = 'none': this model gives vectors (lm_jax.embed) and no scores"
             )
-        embedding = self.head is None
-        weight = use(self.embedding, "float32").T if embedding else use(self.head, "float32")
+        weight_DV = self.embedding.get_value().T if self.head is None else self.head.get_value()
         bias = None if self.head_bias is None else use(self.head_bias, "float32")
-        return Head(weight, bias, self.config.logits_softcap)
+        return Head(
+            gather(
+                weight_DV,
+                activation_spec("embed", "vocab"),
+                names_in(activation_spec("batch", length)),
+            ),
+            bias,
+            self.config.logits_softcap,
+        )
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 scores [B, T, V] for the hidden states `x_BTD`."""

@@ -125,7 +125,7 @@ def batch_loss(
         x_BTD = jnp.take_along_axis(x_BTD, batch["predicted"][:, :, None], axis=1)
     return cross_entropy(
         model.head_input(x_BTD),
-        model.output_head(),
+        model.output_head(dividing("length", batch["targets"].shape[1])),
         batch["targets"],
         batch["weights"],
         chunk=chunk,
