@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: finds a Python and makes the virtual environment.
 #
 #   PYTHON         the interpreter to make it with; default: the first of python3.13, python3.12,
@@ -5,18 +6,11 @@
 #   VENV           where it goes; default: .venv beside this folder
 #   LM_JAX_EXTRAS  extras to install, as in LM_JAX_EXTRAS=cuda
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh" # sets ROOT
 VENV=${VENV:-$ROOT/.venv}
 case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
 _NEEDED_MB=2000  # the environment, 1.1 GB, and what pip unpacks on the way
 _TEST_MB=1000    # of the extra 'test', PyTorch above all: 1 GB more where it is the CPU's
-
-_fail() {
-  printf 'error: %s\n' "$1" >&2
-  shift
-  [ $# -eq 0 ] || printf '%s\n' "$@" >&2
-  exit 1
-}
 
 # Prints why the interpreter $1 cannot be used, or nothing if it can. A name that is on the PATH may
 # still not run: pyenv puts one there for each version that it knows.
@@ -32,10 +26,10 @@ _unfit() {
 
 # Sets $BASE to the interpreter that makes the environment.
 _find_python() {
-  local candidate why seen=
+  local candidate why seen=''
   if [ -n "${PYTHON:-}" ]; then
     why=$(_unfit "$PYTHON")
-    [ -z "$why" ] || _fail "PYTHON=$PYTHON $why; lm_jax needs Python 3.11 or newer, with venv"
+    [ -z "$why" ] || fail "PYTHON=$PYTHON $why; lm_jax needs Python 3.11 or newer, with venv"
     BASE=$PYTHON
     return
   fi
@@ -49,7 +43,7 @@ _find_python() {
     seen="$seen
   $(command -v "$candidate") $why"
   done
-  _fail "lm_jax needs Python 3.11 or newer, with its venv module; found:${seen:-
+  fail "lm_jax needs Python 3.11 or newer, with its venv module; found:${seen:-
   no Python at all}" \
     "install it (Debian and Ubuntu: apt install python3 python3-venv), or name one: PYTHON=/path/to/python $0"
 }
@@ -64,12 +58,12 @@ _identity() {
 # Afterwards $VENV/bin/python is ready.
 make_environment() {
   local state=$VENV/lm_jax-installed unfinished=$VENV/lm_jax-unfinished log=$VENV/lm_jax-install.log
-  local wanted there= extra missing= fingerprint started=$SECONDS
+  local wanted there='' extra missing='' fingerprint started=$SECONDS
   wanted=$(printf '%s' "$1 ${LM_JAX_EXTRAS:-}" | tr ',' ' ')
 
   if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ ! -e "$unfinished" ] &&
     [ -n "$(ls -A "$VENV")" ]; then
-    _fail "$VENV is there and is no virtual environment: remove it, or name another with VENV=DIR"
+    fail "$VENV is there and is no virtual environment: remove it, or name another with VENV=DIR"
   fi
   # An environment that works stays, whatever else is on the PATH; another PYTHON replaces it, and
   # so does one whose installation was cut off.
@@ -95,7 +89,7 @@ make_environment() {
   done
   [ -n "$missing" ] || return 0
 
-  there=$(echo $there) # single spaces
+  there=${there# }
   echo "installing lm_jax${there:+ [$there]} into $VENV (once, a minute or two) ..." >&2
   rm -f "$state"
   touch "$unfinished"
@@ -116,7 +110,7 @@ _new_environment() {
   case " $wanted " in *" test "*) needed=$((needed + _TEST_MB)) ;; esac
   free=$(df -Pk "$(dirname "$VENV")" 2>/dev/null | awk 'NR == 2 { print int($4 / 1024) }')
   if [ -n "$free" ] && [ "$free" -lt "$needed" ]; then
-    _fail "$(dirname "$VENV") has $free MB free, and the environment needs $needed:" \
+    fail "$(dirname "$VENV") has $free MB free, and the environment needs $needed:" \
       "make room, or name another place with VENV=DIR"
   fi
   if ! said=$(
@@ -126,7 +120,7 @@ _new_environment() {
         "$BASE" -m venv "$VENV"
     } 2>&1
   ); then
-    _fail "$BASE could not make the environment $VENV:" "$said"
+    fail "$BASE could not make the environment $VENV:" "$said"
   fi
 }
 
@@ -134,9 +128,9 @@ _new_environment() {
 _explain() {
   tail -n 15 "$1" >&2
   if grep -qi 'no space left\|errno 28' "$1"; then
-    _fail "the disk is full: make room, or name another place with VENV=DIR (and TMPDIR=DIR)"
+    fail "the disk is full: make room, or name another place with VENV=DIR (and TMPDIR=DIR)"
   elif grep -qi 'NewConnectionError\|name resolution\|ConnectTimeout\|ReadTimeout\|ProxyError\|SSLError\|connection broken' "$1"; then
-    _fail "pip could not reach the package index: check the network (and proxy), then run this again"
+    fail "pip could not reach the package index: check the network (and proxy), then run this again"
   fi
-  _fail "pip could not install lm_jax; its output is above and in $1"
+  fail "pip could not install lm_jax; its output is above and in $1"
 }

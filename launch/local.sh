@@ -17,12 +17,12 @@ config=--config=${here}configs/quickstart.py
 workdir=--workdir=${here}runs/quickstart
 for argument in "$@"; do
   case $argument in
-    --config | --config=* | -config | -config=*) config= workdir= ;; # another recipe, another folder
+    --config | --config=* | -config | -config=*) config='' workdir='' ;; # another recipe, another folder
   esac
 done
 for argument in "$@"; do
   case $argument in
-    --workdir | --workdir=* | -workdir | -workdir=*) workdir= ;;
+    --workdir | --workdir=* | -workdir | -workdir=*) workdir='' ;;
   esac
 done
 exec "$VENV/bin/python" -m lm_jax.train ${config:+"$config"} ${workdir:+"$workdir"} "$@"

@@ -142,6 +142,8 @@ def test_commands_and_code_run(done, checkout):
     assert np.load(checkout / "vectors.npy").shape == (2, 32)
     assert (checkout / "tfds" / "local_text" / "notes").is_dir()
     assert "1 passed" in done
+    for made in ("tpus tpu-vm create mine", "kind: JobSet", "sbatch --job-name=lm_jax"):
+        assert made in done
     assert "--config.optimizer.warmup_steps=" in done  # --help
 
 

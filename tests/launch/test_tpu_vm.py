@@ -1,0 +1,234 @@
+"""launch/tpu_vm.sh: what it asks of gcloud, and that training is started, shown and restarted."""
+
+import os
+import shlex
+import signal
+import time
+
+import pytest
+from fake_cloud import Cloud
+
+RUN = ["--config=configs/gpt2.py:355m", "--workdir=gs://bucket/run"]
+ODD = ['--config.training.sample_prompt=it\'s a "test" $HOME `id` \\ * ', "--x=", "--y=a\nb"]
+
+
+def tpu(*options: str, kind: str = "v6e-8") -> list[str]:
+    return ["--name=mine", f"--type={kind}", "--zone=us-east5-b", *options]
+
+
+@pytest.fixture
+def cloud(tmp_path) -> Cloud:
+    return Cloud(tmp_path)
+
+
+def test_makes_the_tpu_and_trains_with_arguments_as_they_are_given(cloud):
+    code, out, err = cloud.run("tpu_vm.sh", *tpu("--project=p"), "--", *RUN, *ODD)
+    assert code == 0, err
+    assert out.splitlines() == ["step 1", "done"]
+    assert cloud.trained() == [[*RUN, *ODD]]
+    assert "[tpu]" in (cloud.folder / "pip.log").read_text()
+    (create,) = cloud.calls("create")
+    assert create[:3] == ["tpu-vm", "create", "mine"]
+    wanted = {"--accelerator-type=v6e-8", "--version=v2-alpha-tpuv6e", "--zone=us-east5-b"}
+    assert wanted | {"--project=p"} <= set(create) and "--spot" not in create
+    assert all({"--zone=us-east5-b", "--project=p"} <= set(call) for call in cloud.calls())
+    assert not cloud.calls("delete") and "is kept" in err
+
+
+def test_a_tpu_that_is_there_is_used_again_and_deleted_on_request(cloud):
+    assert cloud.run("tpu_vm.sh", *tpu(), "--", *RUN)[0] == 0
+    assert cloud.run("tpu_vm.sh", *tpu("--delete"), "--", *RUN)[0] == 0
+    assert len(cloud.calls("create")) == 1 and len(cloud.trained()) == 2
+    assert len(cloud.calls("delete")) == 1 and not cloud.state.exists()
+
+
+def test_a_preempted_tpu_is_made_anew_and_the_same_command_goes_on(cloud):
+    cloud.plan("preempted", "preempted", "0")
+    code, out, err = cloud.run("tpu_vm.sh", *tpu("--spot"), "--", *RUN, *ODD)
+    assert code == 0 and out.splitlines()[-1] == "done", err
+    made = [call[1] for call in cloud.calls("create", "delete")]
+    assert made == ["create", "delete", "create", "delete", "create"]
+    assert "--spot" in cloud.calls("create")[0]
+    assert cloud.trained() == [[*RUN, *ODD]] * 3
+
+
+def test_preemptions_are_followed_only_so_often(cloud):
+    cloud.plan("preempted", "preempted")
+    code, _, err = cloud.run("tpu_vm.sh", *tpu("--spot", "--restarts=1"), "--", *RUN)
+    assert code == 1 and "--restarts=1 allows no more" in err
+    assert len(cloud.trained()) == 2
+
+
+@pytest.mark.parametrize("options", [[], ["--spot"]])
+@pytest.mark.parametrize("status", ["1", "137"])
+def test_a_training_that_failed_is_not_tried_again(cloud, options, status):
+    cloud.plan(status)
+    code, _, err = cloud.run("tpu_vm.sh", *tpu(*options, "--delete"), "--", *RUN)
+    assert code == int(status) and f"ended with status {status}" in err
+    assert len(cloud.trained()) == 1 == len(cloud.calls("delete"))
+
+
+def test_a_host_that_restarted_trains_again_on_the_same_tpu(cloud):
+    cloud.plan("killed", "0")
+    code, _, err = cloud.run("tpu_vm.sh", *tpu(), "--", *RUN)
+    assert code == 0, err
+    assert len(cloud.calls("create")) == 1 and cloud.trained() == [RUN, RUN]
+
+
+def test_a_lost_connection_does_not_end_training(cloud):
+    cloud.plan("disconnected")
+    (cloud.folder / "disconnect").touch()
+    code, out, err = cloud.run("tpu_vm.sh", *tpu(), "--", *RUN)
+    assert code == 0 and "done" in out and "connection was lost" in err
+    assert len(cloud.trained()) == 1
+
+
+def test_training_outlives_this_command_and_can_be_shown_again_and_stopped(cloud):
+    cloud.plan("slow")
+    process = cloud.start("tpu_vm.sh", *tpu(), "--", *RUN)
+    assert process.stdout.readline() == "step 1\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "goes on without this" in err
+
+    code, _, err = cloud.run("tpu_vm.sh", *tpu(), "--", *RUN, "--config.training.seed=1")
+    assert code == 1 and "trains something else" in err
+
+    again = cloud.start("tpu_vm.sh", *tpu(), "--", *RUN)
+    assert again.stdout.readline() == "step 1\n"
+    assert cloud.run("tpu_vm.sh", *tpu("--stop"))[0] == 0
+    out, err = again.communicate(timeout=30)
+    assert again.returncode == 143 and out == "saved\n" and "it runs already" in err
+    assert len(cloud.trained()) == 1
+
+
+def test_several_hosts_all_train_and_say_who_they_are(tmp_path):
+    cloud = Cloud(tmp_path, hosts=2)
+    code, out, err = cloud.run("tpu_vm.sh", *tpu(kind="v5p-16"), "--", *RUN)
+    assert code == 0, err
+    assert sorted(out.splitlines()) == [
+        *("[host-0] done", "[host-0] step 1", "[host-1] done", "[host-1] step 1")
+    ]
+    assert cloud.trained() == [RUN, RUN]
+    for call in cloud.calls("ssh", "scp"):
+        assert {"--worker=all", "--batch-size=all"} <= set(call)
+
+
+def test_one_host_that_fails_fails_all(tmp_path):
+    cloud = Cloud(tmp_path, hosts=2)
+    cloud.plan("0", "3")
+    assert cloud.run("tpu_vm.sh", *tpu(kind="v5p-16"), "--", *RUN)[0] == 3
+
+
+def test_slices_are_a_queued_resource_that_is_waited_for(tmp_path):
+    cloud = Cloud(tmp_path, hosts=2)
+    options = tpu("--node-count=2", "--reserved", "--with=--network=n", "--delete", kind="v4-8")
+    code, _, err = cloud.run("tpu_vm.sh", *options, "--", *RUN)
+    assert code == 0 and "PROVISIONING" in err, err
+    (create,) = cloud.calls("create")
+    assert create[0] == "queued-resources"
+    wanted = {"--node-count=2", "--node-prefix=mine", "--runtime-version=tpu-ubuntu2204-base"}
+    assert wanted | {"--reserved", "--network=n"} <= set(create)
+    assert all("--node=all" in call for call in cloud.calls("ssh", "scp"))
+    assert "--force" in cloud.calls("delete")[0]
+
+
+def test_without_capacity_it_says_what_else_there_is_and_waits_only_after_a_preemption(cloud):
+    (cloud.folder / "refusals").touch()
+    code, _, err = cloud.run("tpu_vm.sh", *tpu(), "--", *RUN)
+    assert code == 1 and "no more capacity" in err and "--queued" in err and not cloud.trained()
+    cloud.plan("preempted", "0")
+    first = cloud.start("tpu_vm.sh", *tpu("--spot"), "--", *RUN)
+    assert first.stdout.readline() == "step 1\n"
+    (cloud.folder / "refusals").touch()
+    first.communicate(timeout=30)
+    assert first.returncode == 0 and len(cloud.trained()) == 2
+
+
+@pytest.mark.parametrize("state", ["STOPPED", "FAILED"])
+def test_a_tpu_in_another_state_is_left_alone(cloud, state):
+    cloud.state.write_text(state)
+    code, _, err = cloud.run("tpu_vm.sh", *tpu(), "--", *RUN)
+    assert code == 1 and f"mine is {state}" in err
+    assert not cloud.calls("create", "delete", "ssh")
+
+
+@pytest.mark.parametrize(
+    "kind, count, shared",
+    [("v5litepod-8", 1, False), ("v6e-16", 1, True), ("v5p-8", 1, False), ("v5p-8", 2, True)],
+)
+def test_hosts_must_share_the_workdir(cloud, kind, count, shared):
+    options = tpu("--dry-run", f"--node-count={count}", kind=kind)
+    args = [RUN[0], "--workdir", "runs/x"]
+    code, _, err = cloud.run("tpu_vm.sh", *options, "--", *args)
+    assert code == int(shared) and ("--workdir=gs://BUCKET/RUN" in err) == shared
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--nmae=x"], "no option '--nmae'; did you mean '--name'?"),
+        (["--workdir=gs://b"], "--workdir goes to training: put -- before it"),
+        (["--name=mine"], "missing: --type --zone"),
+        (["--name"], "--name needs a value"),
+        (["--zone="], "--zone is empty"),
+        (["--spot=yes"], "--spot takes no value"),
+        (["runs"], "unexpected 'runs'"),
+        (tpu(), "nothing to train"),
+        ([*tpu(), "--", "--config=configs/gpt2.py"], "give --workdir="),
+        ([*tpu(), "--", RUN[1]], "give --config="),
+        (
+            [*tpu(), "--", RUN[1], "--config=configs/gtp2.py"],
+            "there is no recipe 'configs/gtp2.py'",
+        ),
+        (tpu("--restarts=x"), "--restarts=x: a whole number of 0 or more"),
+        (tpu("--node-count=0"), "--node-count=0: a whole number of 1 or more"),
+        (tpu(kind="v5e-8"), "Google's name for it is v5litepod-8"),
+        (tpu(kind="v5p-7"), "the number counts cores"),
+        (tpu(kind="a100"), "give one such as"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_done(cloud, args, said):
+    code, out, err = cloud.run("tpu_vm.sh", *args)
+    assert (code, out) == (1, "") and err.startswith("error: ") and said in err
+    assert not cloud.calls()
+
+
+def test_a_dry_run_prints_commands_that_a_shell_reads_back_and_runs_none(cloud):
+    (cloud.folder / "bin" / "gcloud").unlink()
+    options = tpu("--dry-run", "--queued", "--delete", kind="v5p-64")
+    code, out, err = cloud.run("tpu_vm.sh", *options, "--", *RUN, *ODD[:2])
+    assert code == 0 and not cloud.trained(), err
+    lines = [shlex.split(line) for line in out.splitlines()]
+    verbs = [line[4] for line in lines if line[0] == "gcloud"]
+    assert verbs == ["create", "describe", "ssh", "scp", *["ssh"] * 4, "delete"]
+    (start,) = (w[-1] for w in lines if "worker.sh start" in w[-1])
+    assert shlex.split(start.removeprefix("--command=")) == [
+        *("bash", "lm_jax/launch/worker.sh", "start", *RUN, *ODD[:2])
+    ]
+
+
+def test_the_copy_leaves_out_what_is_not_needed(cloud):
+    for path in (".venv/big", ".git/config", "runs/x/config.json", "lm_jax/runs/kept"):
+        (cloud.root / path).parent.mkdir(parents=True, exist_ok=True)
+        (cloud.root / path).touch()
+    assert cloud.run("tpu_vm.sh", *tpu(), "--", *RUN)[0] == 0
+    there = cloud.folder / "hosts" / "0" / "lm_jax"
+    assert (there / "launch" / "worker.sh").exists() and (there / "lm_jax/runs/kept").exists()
+    assert not {".venv", ".git", "runs"} & {path.name for path in there.iterdir()}
+
+
+def test_a_signal_to_all_processes_of_a_host_is_trainings_to_answer(cloud):
+    """As when the machine is shut down: the status that is written down is training's own."""
+    cloud.plan("slow")
+    process = cloud.start("tpu_vm.sh", *tpu(), "--", *RUN)
+    assert process.stdout.readline() == "step 1\n"
+    run = cloud.folder / "hosts" / "0" / "lm_jax-run"
+    for name in ("process", "child"):
+        os.kill(int((run / name).read_text().split()[0]), signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 143 and out == "saved\n"
+    deadline = time.monotonic() + 10
+    while not (run / "exit").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert (run / "exit").read_text() == "143\n"
