@@ -213,7 +213,7 @@ class _Run:
         count = sum(x.size for x in state.all_parameters.values())
         learning = trainable.count(state.parameters, self.step.rates)
         device = mesh.devices.flat[0]
-        axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
+        axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1) or "no mesh"
         say = self.metrics.say
         say(
             f"model: {count:,} parameters, {config.model.dtype}, vocabulary"
