@@ -38,6 +38,7 @@ from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
 from lm_jax.training.masking import make_masking
 from lm_jax.training.metrics import Metrics, Stopwatch, speed
 from lm_jax.training.optimizer import check_rules
+from lm_jax.training.program import check_batch, jit_train_step
 from lm_jax.training.samples import sample
 from lm_jax.training.signals import StopSignal
 from lm_jax.training.step import Step, TrainState, make_step, skeleton_of
@@ -58,7 +59,7 @@ def train(config: Config, workdir: str, overridden: Collection[str] = ()) -> int
     """
     config = weights.resolved(config, workdir, overridden)
     mesh = make_mesh(config.mesh)
-    _check_batch(config, batch_shards(mesh))
+    check_batch(config, batch_shards(mesh), jax.process_count())
     workdir_lib.check(workdir, config)
     with workdir_lib.locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         return _train(config, workdir, mesh)
@@ -85,24 +86,6 @@ def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> int:
         return run.go(state, start)
 
 
-def _check_batch(config: Config, shards: int) -> None:
-    if shards % jax.process_count():
-        raise UserError(
-            f"mesh: data x fsdp = {shards} do not divide over {jax.process_count()} processes, and"
-            " each must have rows of its own: raise mesh.data or mesh.fsdp, or lower mesh.tensor"
-        )
-    rows = config.data.batch_size // config.training.accumulation
-    for key, n in (
-        ("data.batch_size / training.accumulation", rows),
-        ("training.evaluate_batch_size", config.training.evaluate_batch_size),
-    ):
-        if n % shards:
-            raise UserError(
-                f"{key} = {n} rows do not divide over the {shards} devices of mesh.data x"
-                " mesh.fsdp: change the batch or the mesh"
-            )
-
-
 class _Run:
     """One process's part of a run, once data and devices are there."""
 
@@ -119,7 +102,7 @@ class _Run:
         self.tokenizer, self.stream, self.checkpoints = tokenizer, stream, checkpoints
         masking = make_masking(config.data, tokenizer, config.model.vocab_size)
         self.step: Step = make_step(config, batch_shards(mesh), masking)
-        self.train_step = jax.jit(self.step.train, donate_argnums=0)
+        self.train_step = jit_train_step(self.step, mesh)
         self.evaluate_step = jax.jit(self.step.evaluate)
         self.byte_lengths = to_devices(byte_lengths(tokenizer, config.model.vocab_size), mesh)
         frozen = trainable.frozen_in_products(

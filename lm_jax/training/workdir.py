@@ -134,6 +134,12 @@ def obtain_tokenizer(workdir: str, config: Config) -> Tokenizer:
     return train_tokenizer(config.tokenizer, text, mask=config.data.objective == "masked")
 
 
+def rounded_vocabulary(size: int) -> int:
+    """The model's vocabulary for a tokenizer of `size` ids: matrix units and meshes like round
+    numbers; a small vocabulary is left as it is."""
+    return size if size <= 1024 else -(-size // 128) * 128
+
+
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     """`config` with `model.vocab_size` filled in, or checked to hold the tokenizer's ids.
 
@@ -143,8 +149,7 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     config, size = copy.deepcopy(config), tokenizer.vocab_size
     least = tokenizer.least_vocabulary  # specials beyond it may be there for other uses
     if config.model.vocab_size is None:
-        # Matrix units and meshes like round numbers; a small vocabulary is left as it is.
-        config.model.vocab_size = size if size <= 1024 else -(-size // 128) * 128
+        config.model.vocab_size = rounded_vocabulary(size)
     elif config.model.vocab_size < least:
         advice = "they do not belong together" if config.init_from else "raise it, or leave it None"
         raise UserError(

@@ -1,0 +1,44 @@
+"""What must be set before jax is imported, to compile for devices that are not there."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+
+
+def prepare() -> None:
+    """jax sees the CPU alone; libtpu neither looks for a TPU nor for its host, and says nothing.
+
+    libtpu's lock file keeps two processes from using one TPU. None is used here, so that several
+    may compile at a time, beside one that trains.
+    """
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v6e-4",  # of the host that it would run on; any does
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what C++ writes to the terminal by itself off it; errors are raised as exceptions.
+
+    If the process is about to end by an exception that is no message for the user, what was kept is
+    shown after all.
+    """
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)

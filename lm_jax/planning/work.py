@@ -1,0 +1,86 @@
+"""FLOPs of a traced step: those of its matrix products, whatever is computed again included."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """FLOPs of all devices together."""
+
+    products: float = 0.0  # left to XLA
+    kernels: float = 0.0  # inside of Pallas kernels
+
+    @property
+    def total(self) -> float:
+        return self.products + self.kernels
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.products + other.products, self.kernels + other.kernels)
+
+    def times(self, n: float) -> "Work":
+        return Work(self.products * n, self.kernels * n)
+
+
+def work_of(jaxpr: core.Jaxpr) -> Work:
+    """2 FLOPs for each multiplication and addition of matrix products; a loop's body counts as
+    often as it runs, of branches the most expensive one, all else not at all."""
+    total = Work()
+    for equation in jaxpr.eqns:
+        total += _of_equation(equation.primitive.name, equation)
+    return total
+
+
+def _of_equation(name: str, equation: Any) -> Work:
+    params = equation.params
+    if name == "dot_general":
+        return Work(_product(equation))
+    if name == "pallas_call":
+        return Work(0.0, _kernel(equation))
+    inner = [work_of(j) for j in _jaxprs(params.get("branches", ()))]
+    if name == "cond":
+        return max(inner, key=lambda w: w.total)
+    once = Work()
+    for key, value in params.items():
+        if key not in ("branches", "cond_jaxpr") and not key.startswith(("fwd", "bwd", "jvp")):
+            for found in _jaxprs(value):
+                once += work_of(found)
+    if name == "scan":
+        return once.times(params["length"])
+    if name == "shard_map":
+        mesh, manual = params["mesh"], params["newly_manual_axes"]
+        return once.times(math.prod(mesh.shape[axis] for axis in manual))
+    return once
+
+
+def _jaxprs(value: Any) -> list[core.Jaxpr]:
+    if isinstance(value, core.ClosedJaxpr):
+        return [value.jaxpr]
+    if isinstance(value, core.Jaxpr):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [found for v in value for found in _jaxprs(v)]
+    return []
+
+
+def _product(equation: Any) -> float:
+    (contracting, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracting)
+
+
+def _kernel(equation: Any) -> float:
+    """What the kernel says of itself, else the products of its body, once for each grid point."""
+    if (said := equation.params.get("cost_estimate")) is not None and said.flops:
+        return float(said.flops)
+    grid = equation.params["grid_mapping"].grid
+    points = math.prod(n for n in grid if isinstance(n, int))
+    return work_of(equation.params["jaxpr"]).total * points
+
+
+def traced_work(traced: jax.stages.Traced) -> Work:
+    return work_of(traced.jaxpr.jaxpr)

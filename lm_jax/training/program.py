@@ -1,0 +1,61 @@
+"""The train step as it is compiled: the same program for a run and for a plan of one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lm_jax.config import Config, DataConfig
+from lm_jax.errors import UserError
+from lm_jax.sharding.compiler import options_of
+from lm_jax.sharding.mesh import batch_sharding
+from lm_jax.training.step import Step, TrainState
+
+
+def jit_train_step(step: Step, mesh: Mesh) -> Any:
+    """`step.train`, compiled for the devices of `mesh`; the state that goes in is used up."""
+    return jax.jit(step.train, donate_argnums=0, compiler_options=options_of(mesh) or None)
+
+
+def abstract_state(step: Step, mesh: Mesh) -> TrainState:
+    """The state's shapes and shardings; nothing is computed."""
+
+    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = P() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        return jax.tree.map(placed, jax.eval_shape(step.init))
+
+
+def abstract_batch(config: DataConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what `lm_jax.data.loader` gives, on the mesh as `to_devices` lays it out."""
+    shape, sharding = (config.batch_size, config.length), batch_sharding(mesh)
+    dtypes = dict.fromkeys(("inputs", "targets", "segments", "positions"), jnp.int32)
+    dtypes["weights"] = jnp.float32
+    return {k: jax.ShapeDtypeStruct(shape, d, sharding=sharding) for k, d in dtypes.items()}
+
+
+def check_batch(config: Config, shards: int, processes: int) -> None:
+    """Checks that a batch divides over `shards` devices and over `processes` hosts.
+
+    Raises:
+      UserError: it does not.
+    """
+    if shards % processes:
+        raise UserError(
+            f"mesh: data x fsdp = {shards} do not divide over {processes} processes, and"
+            " each must have rows of its own: raise mesh.data or mesh.fsdp, or lower mesh.tensor"
+        )
+    rows = config.data.batch_size // config.training.accumulation
+    for key, n in (
+        ("data.batch_size / training.accumulation", rows),
+        ("training.evaluate_batch_size", config.training.evaluate_batch_size),
+    ):
+        if n % shards:
+            raise UserError(
+                f"{key} = {n} rows do not divide over the {shards} devices of mesh.data x"
+                " mesh.fsdp: change the batch or the mesh"
+            )
