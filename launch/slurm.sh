@@ -59,7 +59,7 @@ script() {
 #!/usr/bin/env bash
 srun --kill-on-bad-exit=0 --cpus-per-task=$cpus $(quoted "$VENV/bin/python" -m lm_jax.train "${COMMAND[@]}")
 status=\$?
-# 143: saved and stopped by SIGTERM, because the time is up.
+# 143: saved and stopped by SIGTERM, because the time is up. (scancel ends this script as well.)
 if [ \$status -eq 143 ] && [ "\${SLURM_RESTART_COUNT:-0}" -lt $restarts ]; then
   scontrol requeue "\$SLURM_JOB_ID"
 fi

@@ -48,6 +48,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 POLL=${LM_JAX_POLL:-20} # seconds between looks at a TPU that comes or goes
 STATE=''                # of the TPU, by `look`
+MADE=''                 # the type of the one that is there, if gcloud says so
 STATES=''               # of the training, one line a host, by `ask`
 
 require name type zone
@@ -80,9 +81,10 @@ if [ ${#COMMAND[@]} -gt 0 ] || [ -z "$delete$stop" ]; then
 fi
 require_tool gcloud "see cloud.google.com/sdk/docs/install"
 
-tpu=tpu-vm every=(--worker=all --batch-size=all) ready=READY state=state
+tpu=tpu-vm every=(--worker=all --batch-size=all) ready=READY shown='value(state,acceleratorType)'
 if [ -n "$queued" ]; then
-  tpu=queued-resources every=(--node=all "${every[@]}") ready=ACTIVE state=state.state
+  tpu=queued-resources every=(--node=all "${every[@]}") ready=ACTIVE
+  shown='value(state.state,tpu.nodeSpec[0].node.acceleratorType)'
 fi
 place=("--zone=$zone")
 [ -z "$project" ] || place+=("--project=$project")
@@ -93,17 +95,21 @@ cloud() {
   run gcloud compute tpus "$tpu" "$1" "$name" "${@:2}" "${place[@]}"
 }
 
-# Runs a command line on all hosts.
+# Runs a command line on all hosts. A host that vanished does not close its connections: without the
+# two flags of ssh, it would be waited for forever.
 on_hosts() {
-  run gcloud compute tpus "$tpu" ssh "$name" "${every[@]}" "${place[@]}" "--command=$1"
+  run gcloud compute tpus "$tpu" ssh "$name" "${every[@]}" "${place[@]}" \
+    --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=4 "--command=$1"
 }
 
 # Sets $STATE to the TPU's, as gcloud names it, or to MISSING, or UNKNOWN if gcloud cannot tell.
 look() {
   local said
   if [ -n "$DRY_RUN" ]; then
-    cloud describe "--format=value($state)"
-  elif ! STATE=$(cloud describe "--format=value($state)" 2>"$scratch/errors"); then
+    cloud describe "--format=$shown"
+  elif said=$(cloud describe "--format=$shown" 2>"$scratch/errors"); then
+    read -r STATE MADE <<<"$said"
+  else
     said=$(cat "$scratch/errors")
     case $said in
       *NOT_FOUND* | *'not found'*) STATE=MISSING ;;
@@ -139,7 +145,7 @@ remove() {
 # Makes the TPU if it is not there, and waits until it is ready. With 'again' it replaces one that
 # was preempted, however long that takes; without, it does not touch one that is not as it should be.
 obtain() {
-  local again=${1:-} before='' unknown=0
+  local again=${1:-} before='' unknown=0 looks=0
   if [ -n "$DRY_RUN" ]; then
     say "# if there is none:"
     create
@@ -149,11 +155,16 @@ obtain() {
   fi
   while :; do
     look
+    looks=$((looks + 1))
     [ "$STATE" = "$before" ] || say "$name: $STATE"
     before=$STATE
     [ "$STATE" = UNKNOWN ] && unknown=$((unknown + 1)) || unknown=0
     case $STATE in
-      "$ready") return ;;
+      "$ready")
+        [ "${MADE:-$type}" = "$type" ] || fail "$name is there, and is a $MADE and not a $type:" \
+          "give its type, another --name, or delete it (--delete)"
+        return
+        ;;
       MISSING)
         say "making $name: $node_count x $type ..."
         if ! create; then
@@ -169,6 +180,8 @@ obtain() {
         remove || true # it is tried again
         ;;
       UNKNOWN)
+        # At the first look it will be gcloud that is not set up; later it may be the network.
+        [ "$unknown$again" != 1 ] || [ "$looks" -gt 1 ] || fail "gcloud cannot look for $name: see its message above"
         [ "$unknown" -lt 30 ] || fail "gcloud does not say how $name is: see its message above" \
           "a training that runs there goes on; the same command shows it again"
         ;;

@@ -28,6 +28,8 @@ flags = dict(a[2:].partition("=")[::2] for a in rest if a.startswith("--"))
 words = [a for a in rest if not a.startswith("--")]
 state, hosts = cloud / "state", cloud / "hosts"
 ready = dict([("tpu-vm", "READY"), ("queued-resources", "ACTIVE")])[kind]
+if (cloud / "forbidden").exists():
+    sys.exit("ERROR: you are not logged in")
 if not state.exists() and verb != "create":
     sys.exit("ERROR: NOT_FOUND: there is no " + words[0])
 if verb == "create":
@@ -37,10 +39,11 @@ if verb == "create":
         sys.exit("ERROR: RESOURCE_EXHAUSTED: no more capacity")
     for k in range({hosts}):
         (hosts / str(k)).mkdir(parents=True)
+    (cloud / "type").write_text(flags["accelerator-type"])
     state.write_text("PROVISIONING" if kind == "queued-resources" else ready)
 elif verb == "describe":
     now = state.read_text()
-    print(now)
+    print(now, (cloud / "type").read_text() if (cloud / "type").exists() else "", sep="\\t")
     if now == "PROVISIONING":
         state.write_text(ready)
 elif verb == "delete":
@@ -69,7 +72,13 @@ else:
 _PYTHON = """#!/bin/sh
 case "$1 $2" in
   "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/pyvenv.cfg" ;;
-  "-m pip") echo "$*" >>'{cloud}/pip.log' ;;
+  "-m pip")
+    echo "$*" >>'{cloud}/pip.log'
+    if [ -e '{cloud}/interrupt' ]; then
+      rm '{cloud}/interrupt'
+      echo PREEMPTED >'{cloud}/state'
+      exit 1
+    fi ;;
   "-m lm_jax.train")
     shift 2
     cd '{cloud}'
@@ -110,11 +119,12 @@ class Cloud:
         self.program("hostname", '#!/bin/sh\necho "${FAKE_HOST:-here}"\n')
 
     def program(self, name: str, text: str) -> None:
-        (self.folder / "bin").mkdir(exist_ok=True)
-        (self.folder / "bin" / name).write_text(text)
-        (self.folder / "bin" / name).chmod(0o755)
+        path = self.folder / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
 
-    def start(self, script: str, *args: str) -> subprocess.Popen:
+    def start(self, script: str, *args: str, **variables: str) -> subprocess.Popen:
         unset = ("VENV", "LM_JAX_EXTRAS", "PYTHON", "LM_JAX_PREFIX")
         env = {k: v for k, v in os.environ.items() if k not in unset} | {
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
@@ -124,15 +134,15 @@ class Cloud:
         return subprocess.Popen(
             ["bash", self.root / "launch" / script, *args],
             cwd=self.folder,
-            env=env,
+            env=env | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
 
-    def run(self, script: str, *args: str) -> tuple[int, str, str]:
-        process = self.start(script, *args)
+    def run(self, script: str, *args: str, **variables: str) -> tuple[int, str, str]:
+        process = self.start(script, *args, **variables)
         out, err = process.communicate(timeout=60)
         return process.returncode, out, err
 

@@ -2,6 +2,7 @@
 
 import shlex
 
+import commands
 import pytest
 import yaml
 from fake_cloud import Cloud
@@ -100,6 +101,13 @@ def test_kubectl_gets_the_manifest(cloud):
     assert (cloud.folder / "applied").read_text() == printed
     cloud.program("kubectl", "#!/bin/sh\nexit 3\n")
     assert cloud.run("gke.sh", *job())[0] == 3
+
+
+def test_the_image_is_made_of_what_is_there():
+    lines = (commands.ROOT / "launch" / "gke" / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert {"lm_jax", "configs", "pyproject.toml"} <= set(copied)
+    assert all((commands.ROOT / path).exists() for path in copied)
 
 
 @pytest.mark.parametrize(

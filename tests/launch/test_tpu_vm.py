@@ -27,6 +27,8 @@ def test_makes_the_tpu_and_trains_with_arguments_as_they_are_given(cloud):
     assert out.splitlines() == ["step 1", "done"]
     assert cloud.trained() == [[*RUN, *ODD]]
     assert "[tpu]" in (cloud.folder / "pip.log").read_text()
+    for ssh in cloud.calls("ssh"):  # or a host that is gone would be waited for
+        assert "--ssh-flag=-oServerAliveInterval=30" in ssh
     (create,) = cloud.calls("create")
     assert create[:3] == ["tpu-vm", "create", "mine"]
     wanted = {"--accelerator-type=v6e-8", "--version=v2-alpha-tpuv6e", "--zone=us-east5-b"}
@@ -50,6 +52,27 @@ def test_a_preempted_tpu_is_made_anew_and_the_same_command_goes_on(cloud):
     assert made == ["create", "delete", "create", "delete", "create"]
     assert "--spot" in cloud.calls("create")[0]
     assert cloud.trained() == [[*RUN, *ODD]] * 3
+
+
+def test_a_preemption_during_the_installation_is_one_too(cloud):
+    (cloud.folder / "interrupt").touch()
+    code, _, err = cloud.run("tpu_vm.sh", *tpu("--spot"), "--", *RUN)
+    assert code == 0, err
+    assert len(cloud.calls("create")) == 2 and cloud.trained() == [RUN]
+
+
+def test_an_installation_that_fails_is_not_tried_again(cloud):
+    (cloud.root / "launch" / "worker.sh").write_text("exit 4\n")
+    code, _, err = cloud.run("tpu_vm.sh", *tpu("--spot"), "--", *RUN)
+    assert code == 1 and "could not be set up" in err
+    assert len(cloud.calls("create")) == len(cloud.calls("scp")) == 1
+
+
+def test_a_gcloud_that_is_not_set_up_is_said_at_once(cloud):
+    (cloud.folder / "forbidden").touch()
+    code, _, err = cloud.run("tpu_vm.sh", *tpu(), "--", *RUN)
+    assert code == 1 and "not logged in" in err and "gcloud cannot look for mine" in err
+    assert len(cloud.calls()) == 1
 
 
 def test_preemptions_are_followed_only_so_often(cloud):
@@ -145,6 +168,13 @@ def test_without_capacity_it_says_what_else_there_is_and_waits_only_after_a_pree
     assert first.returncode == 0 and len(cloud.trained()) == 2
 
 
+def test_a_tpu_of_another_type_is_left_alone(cloud):
+    assert cloud.run("tpu_vm.sh", *tpu(), "--", *RUN)[0] == 0
+    code, _, err = cloud.run("tpu_vm.sh", *tpu("--spot", kind="v5p-8"), "--", *RUN)
+    assert code == 1 and "mine is there, and is a v6e-8 and not a v5p-8" in err
+    assert len(cloud.trained()) == 1 and not cloud.calls("delete")
+
+
 @pytest.mark.parametrize("state", ["STOPPED", "FAILED"])
 def test_a_tpu_in_another_state_is_left_alone(cloud, state):
     cloud.state.write_text(state)
@@ -232,3 +262,31 @@ def test_a_signal_to_all_processes_of_a_host_is_trainings_to_answer(cloud):
     while not (run / "exit").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert (run / "exit").read_text() == "143\n"
+
+
+# Pip and uv of a host whose own Python is 3.10.
+_OLD_PYTHON = """#!/bin/sh
+case "$*" in
+  "-m pip install"*uv) mkdir -p "$HOME/.local/bin" && cp '{uv}' "$HOME/.local/bin/uv" ;;
+  *) echo 3 10 ;;
+esac
+"""
+_UV = """#!/bin/sh
+case "$1 $2" in
+  "python install") touch "$HOME/brought" ;;
+  "python find") [ -e "$HOME/brought" ] && echo '{python}' ;;
+esac
+"""
+
+
+def test_a_host_with_an_old_python_gets_a_newer_one(cloud, tmp_path):
+    (tmp_path / "uv").write_text(_UV.format(python=tmp_path / "bin" / "python"))
+    (tmp_path / "uv").chmod(0o755)
+    for name in ("python3.13", "python3.12", "python3.11", "python3", "python"):
+        cloud.program(f"old/{name}", _OLD_PYTHON.format(uv=tmp_path / "uv"))
+    (tmp_path / "home").mkdir()
+    path = f"{tmp_path / 'bin' / 'old'}:{os.environ['PATH']}"
+    code, _, err = cloud.run("worker.sh", "install", PATH=path, HOME=f"{tmp_path}/home", PYTHON="")
+    assert code == 0, err
+    assert (tmp_path / "lm_jax-venv" / "bin" / "python").exists()
+    assert "[tpu]" in (tmp_path / "pip.log").read_text()
