@@ -16,6 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
@@ -23,10 +24,11 @@ from lm_jax.model import cache as kv
 from lm_jax.model.attention import attention_mask, layer_kinds, resolve_backend
 from lm_jax.model.block import ACTIVATIONS, BLOCKWISE, Block, Context, Norm
 from lm_jax.model.dropout import dropout
+from lm_jax.model.head import Head
 from lm_jax.model.parameters import constant, normal, use
-from lm_jax.model.projection import product, project
+from lm_jax.model.projection import project
 from lm_jax.model.rope import rope_tables
-from lm_jax.sharding.mesh import activation_spec, dividing, gather, names_in, reshard
+from lm_jax.sharding.mesh import activation_spec, dividing, names_in, parameter_spec, reshard
 
 # What the forward pass keeps for the backward pass, by name. 'none' keeps all and computes nothing
 # again; 'dots' keeps the outputs of products without a batch axis (the projections);
@@ -37,34 +39,6 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "all_dots": jax.checkpoint_policies.dots_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """From what `Transformer.head_input` gives to scores, so that a loss can do it in chunks."""
-
-    weight_DV: jax.Array  # float32: a sum over chunks of positions keeps its gradient's precision
-    bias_V: jax.Array | None
-    softcap: float = dataclasses.field(metadata={"static": True})
-
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """float32 [B, T, V], from a product in the dtype of `x_BTD`."""
-        axes = "batch", dividing("length", x_BTD.shape[1]), "vocab"
-        x_BTD = reshard(x_BTD, activation_spec(*axes[:2], "embed"))
-        logits_BTV = product(
-            x_BTD,
-            self.weight_DV.astype(x_BTD.dtype),
-            ("embed", "vocab"),
-            self.weight_DV.shape[1:],
-            *axes,
-            dtype=jnp.float32,
-        )
-        if self.bias_V is not None:
-            logits_BTV = logits_BTV + self.bias_V[None, None]
-        if self.softcap:
-            logits_BTV = self.softcap * jnp.tanh(logits_BTV / self.softcap)
-        return logits_BTV
 
 
 class Transformer(nnx.Module):
@@ -169,12 +143,14 @@ class Transformer(nnx.Module):
             length=length,
             residual=residual,
         )
+        # Rows of the tables are looked up, and their gradients added up, in float32.
         here, between = (activation_spec("batch", axis, "embed") for axis in (length, residual))
 
         def look_up(table: nnx.Param, ids_BT: jax.Array) -> jax.Array:
-            return reshard(use(table, c.dtype).at[ids_BT].get(out_sharding=here), between)
+            found = use(table, "float32").at[ids_BT].get(out_sharding=here)
+            return reshard(found.astype(c.dtype), between)
 
-        x_BTD = look_up(self.embedding, tokens_BT)
+        x_BTD = reshard(self._embed(tokens_BT).astype(c.dtype), between)
         if c.embedding_scale:
             x_BTD = x_BTD * jnp.asarray(c.width**0.5, x_BTD.dtype)
         if self.position_embedding is not None:
@@ -195,6 +171,20 @@ class Transformer(nnx.Module):
         if c.norm_placement != "post":
             x_BTD = self.norm(x_BTD)
         return x_BTD, cache
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """float32 [B, T, D], split along D as the table is.
+
+        Each device looks up its part of the width for the rows of all devices that share the width
+        out. To move what was found is less than to gather the table.
+        """
+        table = parameter_spec("vocab", "embed")
+        spec = None
+        if table is not None:
+            rows = (n for n in names_in(activation_spec("batch")) if n not in names_in(table))
+            spec = P(tuple(rows) or None, None, table[1])
+            tokens_BT = reshard(tokens_BT, P(*spec[:2]))
+        return self.embedding.get_value().at[tokens_BT].get(out_sharding=spec)
 
     def _run_blocks(self, x_BTD, context, cache, keys):
         c = self.config
@@ -245,15 +235,8 @@ class Transformer(nnx.Module):
             )
         weight_DV = self.embedding.get_value().T if self.head is None else self.head.get_value()
         bias = None if self.head_bias is None else use(self.head_bias, "float32")
-        return Head(
-            gather(
-                weight_DV,
-                activation_spec("embed", "vocab"),
-                names_in(activation_spec("batch", length)),
-            ),
-            bias,
-            self.config.logits_softcap,
-        )
+        c = self.config
+        return Head.of(weight_DV, bias, dtype=c.dtype, softcap=c.logits_softcap, length=length)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 scores [B, T, V] for the hidden states `x_BTD`."""

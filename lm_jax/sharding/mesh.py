@@ -176,6 +176,14 @@ def _gather_backward(held, wanted, summed, _, parts):
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
+def gradient_spec(x: jax.Array) -> P | None:
+    """The sharding of the gradient of `x`; None outside of a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return None
+    spec = jax.typeof(x).sharding.spec
+    return spec.update(reduced=spec.unreduced, unreduced=spec.reduced)
+
+
 def scatter(parts: jax.Array, spec: P, wanted: P) -> jax.Array:
     """The sums of what devices hold parts of, each sum where it belongs.
 
@@ -192,18 +200,10 @@ def scatter(parts: jax.Array, spec: P, wanted: P) -> jax.Array:
     def local(x):
         for axis, names in enumerate(here):
             if names:
-                x = _scatter(x, names, axis)
+                x = jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True)
         return jax.lax.psum(x, rest) if rest else x
 
     return jax.shard_map(local, in_specs=spec, out_specs=wanted)(parts)
-
-
-def _scatter(x: jax.Array, names: tuple[str, ...], axis: int) -> jax.Array:
-    """A reduce-scatter along an axis of its own, whose parts are never cut through a tile: with
-    parts of less than 128 rows, the compiler for TPUs makes it a whole all-reduce."""
-    parts = math.prod(jax.lax.axis_size(name) for name in names)
-    x = x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
-    return jax.lax.psum_scatter(x, names, scatter_dimension=axis)
 
 
 def _names_in(part: Axes) -> tuple[str, ...]:

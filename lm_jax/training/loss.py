@@ -8,7 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm_jax.model.transformer import Head, Transformer
+from lm_jax.model.head import Head
+from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, dividing, reshard, shards
 
 # Logits that one device holds at a time where the chunk is left to be chosen: 2^25 float32 numbers,

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from tiny_models import T, V, on_devices, quick_jit
 
-from lm_jax.model.transformer import Head
+from lm_jax.model.head import Head
 from lm_jax.training.loss import LOGITS_A_DEVICE, chunk_length, cross_entropy
 
 B, D = 4, 16
+
+
+def head_of(weight_DV, dtype="float32") -> Head:
+    return Head.of(jnp.asarray(weight_DV), None, dtype=dtype, softcap=0.0, length="length")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def reference(x, head, targets, weights) -> tuple[float, float, float, float]:
 @quick_jit
 def _value_and_gradient(x, head, targets, weights, chunks):
     def total(x, head):
-        sums = cross_entropy(x, Head(head, None, 0.0), targets, weights, chunk=T // len(chunks))
+        sums = cross_entropy(x, head_of(head, x.dtype), targets, weights, chunk=T // len(chunks))
         return sums.nll + 0.3 * sums.z, sums
 
     (_, sums), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(x, head)
@@ -67,9 +71,7 @@ def test_chunks_change_no_gradient(inputs, chunk):
 
 def test_the_gradient_is_softmax_minus_target(inputs):
     x, head, targets, weights = inputs
-    got = quick_jit(
-        jax.grad(lambda x: cross_entropy(x, Head(head, None, 0.0), targets, weights).nll)
-    )(x)
+    got = quick_jit(jax.grad(lambda x: cross_entropy(x, head_of(head), targets, weights).nll))(x)
     logits = x.astype(np.float64) @ head
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p = p / p.sum(-1, keepdims=True) - np.eye(V)[targets]
@@ -141,4 +143,4 @@ def test_chunks_are_the_longest_that_fit():
 def test_chunks_that_do_not_divide_are_refused(inputs):
     with pytest.raises(ValueError, match="chunks of 5 do not divide 16"):
         x, head, targets, weights = inputs
-        cross_entropy(x, Head(head, None, 0.0), targets, weights, chunk=5)
+        cross_entropy(x, head_of(head), targets, weights, chunk=5)

@@ -1,0 +1,101 @@
+"""From hidden states to scores over the vocabulary.
+
+B batch, T length, M positions of all rows, D width, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax.sharding.mesh import (
+    activation_spec,
+    dividing,
+    gather,
+    gradient_spec,
+    names_in,
+    reshard,
+    shards,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What turns `Transformer.head_input` into scores, so that a loss can do it in chunks.
+
+    The weight is in the dtype of the products; its gradient is summed over the chunks in float32.
+    """
+
+    weight_DV: jax.Array  # has no gradient
+    zeros_DV: jax.Array  # float32, of no effect but that they have the weight's gradient
+    bias_V: jax.Array | None
+    softcap: float = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls,
+        weight_DV: jax.Array,
+        bias_V: jax.Array | None,
+        *,
+        dtype: str,
+        softcap: float,
+        length: str | None,
+    ) -> "Head":
+        """
+        Args:
+          weight_DV: float32, sharded as a parameter.
+          dtype: of the products.
+          length: logical axis of the positions that it is for.
+        """
+        spec, rows = activation_spec("embed", "vocab"), names_in(activation_spec("batch", length))
+        used = reshard(jax.lax.stop_gradient(weight_DV).astype(dtype), spec)
+        zeros = weight_DV - jax.lax.stop_gradient(weight_DV)
+        return cls(used, gather(zeros, spec, rows), bias_V, softcap)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """float32 [B, T, V]."""
+        (B, T, D), V = x_BTD.shape, self.weight_DV.shape[1]
+        axes = "batch", dividing("length", T), "vocab"
+        x_BTD = reshard(x_BTD, activation_spec(*axes[:2], "embed"))
+        if shards(axes[1]) > 1:
+            logits_BTV = _product(x_BTD, self.weight_DV, self.zeros_DV)
+        else:  # as one product of two matrices: see `projection.product`
+            x_MD = jax.lax.reshape(
+                x_BTD, (1, B * T, D), out_sharding=activation_spec(None, "batch", "embed")
+            )
+            logits_BTV = _product(x_MD, self.weight_DV, self.zeros_DV)
+        spec = activation_spec(*axes)
+        logits_BTV = jax.lax.reshape(logits_BTV, (B, T, V), out_sharding=spec)
+        if self.bias_V is not None:
+            logits_BTV = logits_BTV + self.bias_V[None, None]
+        if self.softcap:
+            logits_BTV = self.softcap * jnp.tanh(logits_BTV / self.softcap)
+        return logits_BTV
+
+
+@jax.custom_vjp
+def _product(x_BTD: jax.Array, weight_DV: jax.Array, zeros_DV: jax.Array) -> jax.Array:
+    """float32 [B, T, V]."""
+    return jnp.einsum("BTD,DV->BTV", x_BTD, weight_DV, preferred_element_type=jnp.float32)
+
+
+def _product_forward(x_BTD, weight_DV, zeros_DV):
+    return _product(x_BTD, weight_DV, zeros_DV), (x_BTD, weight_DV, zeros_DV)
+
+
+def _product_backward(saved, d_logits_BTV):
+    x_BTD, weight_DV, zeros_DV = saved
+    d_logits_BTV = d_logits_BTV.astype(x_BTD.dtype)
+    d_x_BTD = jnp.einsum("BTV,DV->BTD", d_logits_BTV, weight_DV, out_sharding=gradient_spec(x_BTD))
+    d_weight_DV = jnp.einsum(
+        "BTD,BTV->DV",
+        x_BTD,
+        d_logits_BTV,
+        preferred_element_type=jnp.float32,
+        out_sharding=gradient_spec(zeros_DV),
+    )
+    return d_x_BTD, jnp.zeros_like(weight_DV), d_weight_DV
+
+
+_product.defvjp(_product_forward, _product_backward)
