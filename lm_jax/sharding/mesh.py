@@ -200,10 +200,18 @@ def scatter(parts: jax.Array, spec: P, wanted: P) -> jax.Array:
     def local(x):
         for axis, names in enumerate(here):
             if names:
-                x = jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True)
+                x = _scatter(x, names, axis)
         return jax.lax.psum(x, rest) if rest else x
 
     return jax.shard_map(local, in_specs=spec, out_specs=wanted)(parts)
+
+
+def _scatter(x: jax.Array, names: tuple[str, ...], axis: int) -> jax.Array:
+    """A reduce-scatter along an axis of its own: along a part of one, the compiler for TPUs makes
+    an all-reduce of large float32 arrays."""
+    parts = math.prod(jax.lax.axis_size(name) for name in names)
+    x = x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
+    return jax.lax.psum_scatter(x, names, scatter_dimension=axis)
 
 
 def _names_in(part: Axes) -> tuple[str, ...]:
