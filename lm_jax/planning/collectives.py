@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lm_jax.planning.hlo import Instruction, Module, arrays_of
+from lm_jax.planning.hlo import Instruction, Module
 
 KINDS = (
     "all-gather",
@@ -35,49 +35,49 @@ class Collective:
 
 
 def collectives(module: Module, devices: int) -> list[Collective]:
-    """Each one of the program, once, whatever the number of instructions that it is spread over.
-
-    The parts of one have the same channel: the fusions in which it begins, goes on and ends, say.
+    """Each one of the program, once, whatever the number of instructions that it is spread over:
+    one that runs inside of products begins, goes on and ends in fusions of the same channel.
 
     Args:
       devices: of the job; of several slices, those of one.
     """
-    found: dict[tuple, list[tuple[Instruction, int, bool, bool]]] = {}
+    out, parts, begun = [], {}, set()
     for place in module.places():
         outer = place.instruction
-        if outer.opcode == "fusion":
-            inside = list(module.inside(outer))
-            targets = {i.attribute("custom_call_target") or _target(i) for _, i in inside}
-            hidden = any(t and t.startswith("AsyncCollective") for t in targets)
-            hidden |= any("async_collective" in c.name for c, _ in inside)
-            # A part that does not begin it is not one more.
-            begins = not hidden or "AsyncCollectiveStart" in targets
-            scatters = any("all-reduce-scatter" in c.name for c, _ in inside)
-            candidates = [(i, hidden, begins, scatters) for _, i in inside]
-        else:
-            candidates = [(outer, False, True, False)]
-        for instruction, hidden, begins, scatters in candidates:
+        if outer.opcode != "fusion":
+            if kind := kind_of(outer):
+                hidden = place.asynchronous or outer.opcode.endswith("-start")
+                hidden |= outer.opcode == "send"
+                out.append(_collective(outer, kind, place.times, hidden, devices))
+            continue
+        inside = list(module.inside(outer))
+        targets = {_target(i) or "" for _, i in inside}
+        hidden = any(t.startswith("AsyncCollective") for t in targets)
+        hidden |= any("async_collective" in c.name for c, _ in inside)
+        for computation, instruction in inside:
             kind = kind_of(instruction)
             if kind is None:
                 continue
-            kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
-            hidden |= place.asynchronous or instruction.opcode.endswith("-start")
-            hidden |= instruction.opcode == "send"
-            channel = _channel(instruction) or f"{place.computation.name}/{instruction.name}"
-            where = (place.computation.name, place.times, channel, kind)
-            found.setdefault(where, []).append((instruction, place.times, hidden, begins))
-    begun = {key[2] for key, parts in found.items() if any(begins for *_, begins in parts)}
-    out = []
-    for (_, _, channel, kind), parts in found.items():
-        starts = [part for part in parts if part[3]]
-        if not starts and channel in begun:
-            continue  # begun elsewhere: the end of one that a loop carries over
-        instruction, times, _, _ = (starts or parts)[0]
-        groups = _groups(instruction, devices)
-        size = _bytes(instruction, kind, 1 if groups is None else groups.shape[1])
-        hidden = all(hidden for _, _, hidden, _ in parts)
-        out.append(Collective(kind, size, groups, times, hidden, instruction.op_name))
-    return out
+            if kind == "all-reduce" and "all-reduce-scatter" in computation.name:
+                kind = "reduce-scatter"
+            found = _collective(
+                instruction, kind, place.times, hidden or place.asynchronous, devices
+            )
+            channel = instruction.attribute("channel_id")
+            if not hidden or "AsyncCollectiveStart" in targets:
+                out.append(found)
+                begun.add(channel)
+            else:  # goes on or ends here
+                parts.setdefault((channel, kind, place.computation.name), found)
+    return out + [found for (channel, *_), found in parts.items() if channel not in begun]
+
+
+def _collective(
+    instruction: Instruction, kind: str, times: int, hidden: bool, devices: int
+) -> Collective:
+    groups = _groups(instruction, devices)
+    size = _bytes(instruction, kind, 1 if groups is None else groups.shape[1])
+    return Collective(kind, size, groups, times, hidden, instruction.op_name)
 
 
 def _target(instruction: Instruction) -> str | None:
@@ -98,10 +98,6 @@ def kind_of(instruction: Instruction) -> str | None:
         kind = found[1].lower().replace("_", "-") if found else ""
         return kind if kind in KINDS else (_PERMUTE if found else None)
     return None
-
-
-def _channel(instruction: Instruction) -> str | None:
-    return instruction.attribute("channel_id")
 
 
 def _bytes(instruction: Instruction, kind: str, members: int) -> int:
@@ -125,7 +121,7 @@ def _groups(instruction: Instruction, devices: int) -> np.ndarray | None:
         ids = [int(n) for n in re.findall(r"\d+", pairs[1])]
         return np.array(ids, int).reshape(-1, 2)
     found = re.search(
-        r"replica_groups=(mesh\[.*?\] ?\{.*?\}(?:, ?device_ids=\S+)?|\{\{.*?\}\}|\{\}"
+        r"replica_groups=(mesh\[.*?\](?:, ?device_ids=\(.*?\)\)?)? ?\{.*?\}|\{\{.*?\}\}|\{\}"
         r"|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)",
         instruction.rest,
     )
@@ -137,7 +133,8 @@ def replica_groups(text: str, devices: int) -> np.ndarray:
 
       {{0,1},{2,3}}             listed; {} is one group of all
       [2,2]<=[2,2]T(1,0)        numbers 0, 1, ... in the shape on the right, transposed, reshaped
-      mesh['a'=2,'b'=2] {'b'}   the axes of a mesh, of which 'b':(1)2 is a part of one
+      mesh['a'=2,'b'=2] {'b'}   the axes of a mesh, of which 'b':(1)2 is a part of one; with
+                                device_ids=([2,2]T(1,0)) its devices are in this order
 
     Raises:
       ValueError: another form.
@@ -151,8 +148,15 @@ def replica_groups(text: str, devices: int) -> np.ndarray:
         shape, tiles, order = (_numbers(part) for part in match.groups())
         ids = np.arange(np.prod(tiles)).reshape(tiles)
         return ids.transpose(order or range(ids.ndim)).reshape(shape)
-    if match := re.fullmatch(r"mesh\[(.*?)\] ?\{(.*?)\}.*", text):
-        return _mesh_groups(re.findall(r"'([^']+)'=(\d+)", match[1]), match[2])
+    if match := re.fullmatch(
+        r"mesh\[(.*?)\](?:, ?device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{(.*?)\}", text
+    ):
+        axes, tiles, order, over = match.groups()
+        groups = _mesh_groups(re.findall(r"'([^']+)'=(\d+)", axes), over)
+        if tiles is None:
+            return groups
+        ids = np.arange(np.prod(_numbers(tiles))).reshape(_numbers(tiles))
+        return ids.transpose(_numbers(order) or range(ids.ndim)).ravel()[groups]
     raise ValueError(f"replica groups of a form that is not known: {text}")
 
 
@@ -186,7 +190,3 @@ def axes_of(groups: np.ndarray, sizes: dict[str, int]) -> tuple[str, ...]:
     places = np.stack(np.unravel_index(groups, tuple(sizes.values())), axis=-1)  # [G, M, axes]
     differ = (places != places[:, :1]).any(axis=(0, 1))
     return tuple(name for name, d in zip(sizes, differ) if d)
-
-
-def bytes_of_shape(shape: str) -> int:
-    return sum(a.bytes for a in arrays_of(shape))

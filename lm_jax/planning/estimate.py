@@ -3,7 +3,7 @@
 Two models, of a device with a peak P (bf16 FLOP/s) and a memory bandwidth M:
 
   compiler  = max(C + K / (0.7 P) + S, A_links, A_network, F / P)
-  sequence  = max((F - K) / (0.6 P) + K / (0.35 P) + B / M + S + A_links + A_network, F / P)
+  sequence  = max((F - K) / (0.7 P) + K / (0.45 P) + B / M + S + A_links + A_network, F / P)
 
 F: FLOPs of all matrix products, with those computed again for the backward pass; K: those of them
 inside of Pallas kernels; C: the compiler's own cycles (`estimated_cycles`, times how often a loop
@@ -13,7 +13,7 @@ run beside computation. Where the compiler estimates no cycles (GPUs), C = max((
 B / M).
 
 In the first all that can run at the same time does so; in the second nothing does. The range spans
-both, and its top never exceeds 100% of the peak, as F / P bounds either. 0.7, 0.6, 0.35 and 0.8 are
+both, and its top never exceeds 100% of the peak, as F / P bounds either. 0.7, 0.45 and 0.8 are
 assumptions: shares of the peak that tuned products and attention kernels reach. A collective takes
 what its bytes take over the links of the torus dimensions that its group spans, twice that for an
 all-reduce; half the links count where a dimension is no ring.
@@ -30,6 +30,7 @@ import numpy as np
 
 from lm_jax.config import Config
 from lm_jax.model import parameters as params_lib
+from lm_jax.model.attention import layer_kinds
 from lm_jax.model.flops import peak_flops, training_flops_per_token
 from lm_jax.planning.chips import Chip
 from lm_jax.planning.collectives import Collective
@@ -38,8 +39,8 @@ from lm_jax.planning.program import Program
 from lm_jax.planning.topology import Topology, coordinates
 from lm_jax.training import trainable
 
-KERNELS_FAST, KERNELS_SLOW = 0.7, 0.35
-PRODUCTS_SLOW, PRODUCTS_GPU = 0.6, 0.8
+KERNELS_FAST, KERNELS_SLOW = 0.7, 0.45
+PRODUCTS_SLOW, PRODUCTS_GPU = 0.7, 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,8 @@ def estimate(
 ) -> Estimate:
     chip, n = topology.chip, topology.devices
     peak = peak_flops(chip.kind)
-    executed, kernels = program.work.total / n, program.work.kernels / n
+    work = program.work.seen(keys_seen(config))
+    executed, kernels = work.total / n, work.kernels / n
     memory = traffic(module) / chip.hbm_bandwidth
     if chip.flops_per_cycle:
         computing = cycles(module) * chip.flops_per_cycle / peak
@@ -101,7 +103,7 @@ def estimate(
         compiler=compiler,
         sequence=sequence,
         model_flops=model_flops(config, program),
-        executed_flops=program.work.total,
+        executed_flops=work.total,
         peak=peak * n,
         computing=computing,
         kernels=kernels / (KERNELS_FAST * peak),
@@ -109,6 +111,17 @@ def estimate(
         waiting=waiting,
         beside=links + network,
     )
+
+
+def keys_seen(config: Config) -> float:
+    """The share of the scores that an attention kernel computes: those seen, by the causal mask and
+    the windows, and a sixteenth for blocks seen in part."""
+    windows, kinds_L = layer_kinds(config.model)
+    length, total = config.data.length, 0.0
+    for kind in kinds_L:
+        window = min(windows[kind] or length, length)
+        total += window - window**2 / (2 * length) if config.model.causal else length
+    return min(1.0, total / len(kinds_L) / length + 1 / 16)
 
 
 def model_flops(config: Config, program: Program) -> float:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "s1": 1, "u1": 1}
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,<= ]*)\](?:\{([^{}]*)\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
 _BEGIN = re.compile(r"^  (?:ROOT )?%?[^\s=\"{}]+ = ")
@@ -145,7 +145,7 @@ class Module:
             if opcode == "while":
                 again = times * (self.trip_count(computation, instruction) or 1)
                 yield from self._walk(instruction.attribute("body"), again, asynchronous)
-            elif opcode in ("call", "conditional", "async-start"):
+            elif opcode in ("call", "conditional", "async-start", "custom-call"):
                 inside = asynchronous or opcode == "async-start"
                 for called in instruction.called:
                     if called in self.computations:

@@ -131,8 +131,9 @@ def _needed(message: str) -> int | None:
 
 
 def _newest(folder: str, name: str) -> str:
-    """The text of the last file of that name that XLA dumped; '' if there is none."""
-    paths = [p for p in glob.glob(os.path.join(folder, "*")) if p.endswith("." + name)]
+    """The text of the last file that XLA dumped whose name ends so (CPUs and GPUs put theirs
+    before it); '' if there is none."""
+    paths = [p for p in glob.glob(os.path.join(folder, "*")) if p.endswith(name)]
     paths = [p for p in paths if ".jit_train." in p] or paths
     if not paths:
         return ""

@@ -188,7 +188,7 @@ def _head(report: Report) -> str:
 
 
 def _gib(n: float) -> str:
-    return f"{n / GIB:.2f}"
+    return f"{n / GIB:.2f}" if n == 0 or n >= GIB / 10 else f"{n / GIB:.2g}"
 
 
 def _memory(report: Report) -> str:
@@ -237,7 +237,7 @@ def _collectives(report: Report) -> str:
         if t.network == "network":
             over += " (between slices)" if report.topology.slices > 1 else " (between nodes)"
         beside = {0: "no", t.a_step: "yes"}.get(t.asynchronous, f"{t.asynchronous} of {t.a_step}")
-        size = f"{t.bytes / GIB:.3f}"
+        size = _gib(t.bytes)
         rows.append((t.kind, str(t.in_program), str(t.a_step), size, over, beside))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -267,7 +267,7 @@ def _estimate(report: Report) -> str:
             f" {e.kernels:.3g}, HBM {e.memory:.3g}, collectives {e.waiting:.3g} alone and"
             f" {e.beside:.3g} beside computation",
             f"  {e.compiler:.3g} s if all that can run at the same time does, by the compiler's"
-            f" cycles; {e.sequence:.3g} s if nothing does, with products at 60% of the peak",
+            f" cycles; {e.sequence:.3g} s if nothing does, with products at 70% of the peak",
             "  left out: reading data, logging, saving, waiting for other hosts, latencies",
         ]
     )

@@ -11,6 +11,7 @@ import jax
 
 from lm_jax.config import Config
 from lm_jax.errors import UserError
+from lm_jax.model import parameters as params_lib
 from lm_jax.planning.program import compile_step
 from lm_jax.planning.report import Report, Suggestion, make_report
 from lm_jax.sharding.mesh import batch_shards, make_mesh
@@ -69,38 +70,51 @@ def suggest(
 
 
 def _candidates(report: Report, devices: list[jax.Device]) -> Iterator[Changes]:
-    """Each with what came before it: it was not enough."""
-    config, n = report.config, len(devices)
+    """Each with what came before it and was not enough."""
+    config, n, slices = report.config, len(devices), report.topology.slices
+    mesh, shards = dict(report.program.mesh.shape), batch_shards(report.program.mesh)
     changes: Changes = {}
     if config.model.remat != "full":
         changes["model.remat"] = "full"
         yield dict(changes)
-    mesh = dict(report.program.mesh.shape)
-    shards = batch_shards(report.program.mesh)
-    across = report.topology.slices
-    if mesh["data"] > across:
-        changes |= {"mesh.data": across, "mesh.fsdp": -1}
+    if mesh["data"] > slices and _state(report) * (1 - slices / mesh["data"]) > report.hbm / 20:
+        changes |= {"mesh.data": slices, "mesh.fsdp": -1}
         yield dict(changes)
-    rows = config.data.batch_size // config.training.accumulation
-    most = rows // shards * config.training.accumulation  # one row a device at a time
-    parts = config.training.accumulation
-    while parts < most:
-        parts = next(p for p in range(2 * parts, 2 * most + 1) if config.data.batch_size % p == 0)
-        parts = min(parts, most)
-        changes["training.accumulation"] = parts
+
+    most = config.data.batch_size // shards  # parts of one row a device
+    parts = _divisors(config.data.batch_size, config.training.accumulation, most)
+    # The compiler says how much it needed: what is far from enough is not tried.
+    least = config.training.accumulation * (report.program.needed or 0) / report.hbm / 8
+    for n_parts in [p for p in parts if p >= least] or parts[-1:]:
+        changes["training.accumulation"] = n_parts
         yield dict(changes)
-    shape = config.model
     for axis, limit in (
         ("sequence", config.data.length // 128),
-        ("tensor", math.gcd(shape.kv_heads, shape.mlp_width, shape.vocab_size)),
+        ("tensor", math.gcd(config.model.kv_heads, config.model.mlp_width)),
     ):
         for size in (2, 4, 8, 16):
-            if mesh[axis] < size <= limit and n % (size * across) == 0:
-                # The rows at a time are spread over fewer devices, so there can be fewer.
-                smaller = dict.fromkeys(("mesh.sequence", "mesh.tensor"), 1)
-                smaller |= {f"mesh.{axis}": size, "mesh.data": across, "mesh.fsdp": -1}
-                smaller["training.accumulation"] = min(config.data.batch_size, most * size)
-                yield changes | smaller
-    for rows in (shards * 2**i for i in range(int(math.log2(max(1, most))), -1, -1)):
-        if rows < config.data.batch_size:
-            yield changes | {"data.batch_size": rows, "training.accumulation": 1}
+            if mesh[axis] < size <= limit and n % (size * slices) == 0:
+                # The rows are spread over fewer devices, so there can be fewer at a time.
+                split = {f"mesh.{axis}": size, "mesh.data": slices, "mesh.fsdp": -1}
+                split["training.accumulation"] = min(most * size, config.data.batch_size)
+                yield changes | split
+    rows = most // 2 * shards
+    while rows >= shards:
+        yield changes | {"data.batch_size": rows, "training.accumulation": rows // shards}
+        rows //= 2
+
+
+def _state(report: Report) -> float:
+    """Bytes a device of the parameters, their moments and gradients."""
+    mesh = report.program.mesh.shape
+    size = sum(x.size for x in params_lib.split(report.program.step.skeleton).values())
+    return 16 * size / math.prod(mesh[a] for a in ("fsdp", "expert", "sequence", "tensor"))
+
+
+def _divisors(n: int, above: int, most: int) -> list[int]:
+    """Divisors of `n` above `above` and up to `most`, each at least about twice the one before."""
+    out: list[int] = []
+    for d in range(above + 1, most + 1):
+        if n % d == 0 and (d >= 2 * (out[-1] if out else above) or d == most):
+            out.append(d)
+    return out

@@ -34,6 +34,8 @@ class Topology:
     def wraps(self) -> tuple[bool, ...]:
         """Which dimensions are closed to a ring: all of a v4's, v5p's or tpu7x' that are made of
         whole cubes of 4, and those of a v5e or v6e that reach across the whole pod."""
+        if not self.chip.full:
+            return (False,) * len(self.shape)
         if self.chip.dimensions == 2:
             return tuple(n >= self.chip.full for n in self.shape)
         return (all(n % self.chip.full == 0 for n in self.shape),) * len(self.shape)
@@ -177,7 +179,7 @@ def _gpu_devices(topology: Topology) -> list[jax.Device]:
     node, nodes = topology.shape
     try:
         found = topologies.get_topology_desc(
-            platform="cuda", topology_name="", target_config=_H100, topology=f"1x{nodes}x{node}"
+            "h100", "cuda", target_config=_H100, topology=f"1x{nodes}x{node}"
         )
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as e:
         said = (str(e).splitlines() or [type(e).__name__])[0]

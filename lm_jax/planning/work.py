@@ -14,16 +14,25 @@ class Work:
 
     products: float = 0.0  # left to XLA
     kernels: float = 0.0  # inside of Pallas kernels
+    attention: float = 0.0  # inside of those that are attention, as if every query saw every key
 
     @property
     def total(self) -> float:
-        return self.products + self.kernels
+        return self.products + self.kernels + self.attention
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.products + other.products, self.kernels + other.kernels)
+        return Work(
+            self.products + other.products,
+            self.kernels + other.kernels,
+            self.attention + other.attention,
+        )
 
     def times(self, n: float) -> "Work":
-        return Work(self.products * n, self.kernels * n)
+        return Work(self.products * n, self.kernels * n, self.attention * n)
+
+    def seen(self, share: float) -> "Work":
+        """With kernels that skip the keys no query of a block sees, all but a share."""
+        return Work(self.products, self.kernels + self.attention * share)
 
 
 def work_of(jaxpr: core.Jaxpr) -> Work:
@@ -40,7 +49,9 @@ def _of_equation(name: str, equation: Any) -> Work:
     if name == "dot_general":
         return Work(_product(equation))
     if name == "pallas_call":
-        return Work(0.0, _kernel(equation))
+        name, flops = str(params["name"]), _kernel(equation)
+        attention = any(part in name for part in ("splash", "flash", "attention"))
+        return Work(attention=flops) if attention else Work(kernels=flops)
     inner = [work_of(j) for j in _jaxprs(params.get("branches", ()))]
     if name == "cond":
         return max(inner, key=lambda w: w.total)

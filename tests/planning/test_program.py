@@ -1,0 +1,194 @@
+"""A step compiled for the CPU devices that are there, against what is known about it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_models import BERT, LLAMA, on_devices, run_config
+
+from lm_jax.errors import UserError
+from lm_jax.model import parameters as params_lib
+from lm_jax.planning import program as program_lib
+from lm_jax.planning.chips import CHIPS
+from lm_jax.planning.collectives import axes_of, collectives
+from lm_jax.planning.estimate import estimate, model_flops
+from lm_jax.planning.hlo import parse
+from lm_jax.planning.program import compile_step
+from lm_jax.planning.recipe import resolve
+from lm_jax.planning.report import make_report, to_json, to_text
+from lm_jax.planning.suggest import suggest
+from lm_jax.planning.topology import Topology
+from lm_jax.planning.work import Work, traced_work
+from lm_jax.sharding.mesh import batch_shards
+from lm_jax.training.program import abstract_batch, abstract_state, jit_train_step
+from lm_jax.training.step import make_step
+
+STEP = run_config(LLAMA)
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    """fsdp over 4 devices, data over 2."""
+    return compile_step(STEP, on_devices((2, 4, 1)))
+
+
+def summed(program, kind, axes=None):
+    sizes = dict(program.mesh.shape)
+    return sum(
+        c.times * c.bytes
+        for c in collectives(parse(program.text), program.mesh.size)
+        if c.kind == kind and (axes is None or axes_of(c.groups, sizes) == axes)
+    )
+
+
+def sizes(program, *without):
+    """Bytes of the parameters, those aside whose names end so."""
+    parameters = params_lib.split(program.step.skeleton)
+    return sum(4 * x.size for name, x in parameters.items() if not name.endswith(without))
+
+
+def test_what_is_known_of_its_collectives(sharded):
+    """Each matrix is gathered once and its gradient scattered once: with a loop that counts once,
+    or parts of the same channel that count as one, the bytes would be fewer."""
+    matrices = sizes(sharded, "scale")
+    assert summed(sharded, "all-gather", ("fsdp",)) == matrices
+    scattered = sizes(sharded, "scale", "embedding")
+    assert summed(sharded, "reduce-scatter", ("fsdp",)) == scattered
+    # The parts are then summed over the copies; the rest are scales, the embedding, single numbers.
+    assert summed(sharded, "all-reduce", ("data",)) == scattered / 4
+    rest = summed(sharded, "all-reduce") - scattered / 4
+    assert 0 <= rest - (sizes(sharded) - scattered) < 256
+
+
+def test_memory_is_that_of_a_device(sharded):
+    scales = sizes(sharded) - sizes(sharded, "scale")
+    assert sharded.memory.parameters == sizes(sharded, "scale") / 4 + scales
+    assert sharded.memory.optimizer == pytest.approx(2 * sharded.memory.parameters, abs=16)
+    assert sharded.memory.temporaries > 0
+    assert sharded.buffers[0].bytes >= sharded.buffers[-1].bytes > 0
+
+
+def traced(config, mesh, masking=None):
+    """The work of a step that is not compiled."""
+    step = make_step(config, batch_shards(mesh), masking)
+    state, batch = abstract_state(step, mesh), abstract_batch(config.data, mesh)
+    with jax.set_mesh(mesh):
+        return traced_work(jit_train_step(step, mesh).trace(state, batch)).total
+
+
+def test_work_of_a_step_is_the_formula_s_and_what_is_computed_again(sharded):
+    """Plain attention computes the whole square, and a narrow model has much of it."""
+    model = model_flops(STEP, sharded)
+    assert model < sharded.work.total < 1.5 * model
+    assert sharded.work.total == traced(STEP, on_devices((1, 1, 1)))
+    again = dataclasses.replace(STEP, model=dataclasses.replace(STEP.model, remat="full"))
+    assert 1.15 < traced(again, on_devices((1, 1, 1))) / sharded.work.total < 1.35
+
+
+def test_work_counts_loops_branches_and_parts():
+    x = jnp.zeros((8, 8))
+
+    def step(x):
+        x, _ = jax.lax.scan(lambda c, _: (c @ c, None), x, None, length=5)
+        return jax.lax.cond(x[0, 0] > 0, lambda c: c @ c @ c, lambda c: c @ c, x)
+
+    assert traced_work(jax.jit(step).trace(x)) == Work(2 * 8**3 * (5 + 2))
+    with jax.set_mesh(on_devices((8, 1, 1))):
+        P = jax.P
+        parts = jax.shard_map(lambda c: c @ c.T, in_specs=P("data"), out_specs=P("data"))
+        x = jax.device_put(x, P("data"))
+        assert traced_work(jax.jit(parts).trace(x)).total == 8 * 2 * 8
+
+
+def topology(hbm_gib=15.75):
+    return Topology(dataclasses.replace(CHIPS["v5e"], hbm_gib=hbm_gib), (2, 4))
+
+
+def test_an_estimate_never_exceeds_the_peak(sharded):
+    module = parse(sharded.text)
+    found = collectives(module, 8)
+    e = estimate(STEP, topology(), sharded, module, found)
+    assert 0 < e.fast <= e.slow and e.mfu[0] <= e.mfu[1] <= 1
+    # With nothing else in the way, the FLOPs at the peak bound it.
+    free = dataclasses.replace(sharded, work=Work(1e18))
+    e = estimate(STEP, topology(), free, module, found)
+    assert e.fast == pytest.approx(1e18 / 8 / 197e12, rel=0.01)
+
+
+def test_the_report_says_the_same_in_both_forms(sharded):
+    report = make_report(STEP, topology(), sharded)
+    assert report.fits and not report.notes
+    text, values = to_text(report), to_json(report)
+    assert "data 2 x fsdp 4" in text and "of 15.75: fits" in text and "estimate" in text
+    assert values["mesh"]["fsdp"] == 4 and values["memory_bytes"]["total"] == sharded.memory.total
+    assert {c["kind"] for c in values["collectives"]} >= {"all-gather", "all-reduce"}
+    low, high = values["estimate"]["mfu"]
+    assert f"{low:.0%} to {high:.0%} MFU" in text
+
+
+def test_a_suggestion_fits_and_is_not_more_than_needed():
+    config = run_config(LLAMA, rows=256)
+    mesh = on_devices((8, 1, 1))
+    program = compile_step(config, mesh)
+    memory = program.memory
+    hbm = (memory.total - 0.6 * memory.temporaries) / 2**30
+    report = make_report(config, topology(hbm), program)
+    assert not report.fits
+    report = suggest(report, None, list(mesh.devices.flat))
+    assert report.suggestion is not None and report.suggestion.total <= report.hbm
+    assert " ".join(report.suggestion.flags) in to_text(report)
+    assert "data.batch_size" not in str(report.suggestion.flags)
+
+
+def test_a_batch_that_no_mesh_can_split_is_a_message():
+    with pytest.raises(UserError, match="do not divide over"):
+        compile_step(run_config(LLAMA, rows=3), on_devices((8, 1, 1)))
+
+
+def test_what_a_recipe_leaves_to_its_text_is_filled_in():
+    config = run_config(LLAMA)
+    config.model.vocab_size, config.data.sources = None, ()
+    config.tokenizer.vocab_size = 5000
+    resolved, masking = resolve(config)
+    assert resolved.model.vocab_size == 5120 and masking is None
+    assert config.model.vocab_size is None
+    config.tokenizer.kind = "bytes"
+    assert resolve(config)[0].model.vocab_size == 258
+    config.tokenizer.kind = "characters"
+    with pytest.raises(UserError, match=r"--config\.model\.vocab_size="):
+        resolve(config)
+
+
+def test_a_masked_step_needs_no_tokenizer():
+    masked = {"objective": "masked", "mask_whole_words": True}
+    config, masking = resolve(run_config(dataclasses.replace(BERT, pooler=False), data=masked))
+    assert masking is not None and masking.starts_word_V is not None
+    assert traced(config, on_devices((2, 2, 1)), masking) > 0
+
+
+def test_out_of_memory_messages():
+    said = "the total memory required for HLO temporaries (1.64T) exceeds available HBM (15.75G)."
+    assert program_lib._needed(said) == int(1.64 * 2**40)
+    assert program_lib._needed("Used 20.5G of 15.75G hbm.") == int(20.5 * 2**30)
+    assert program_lib._needed("something else") is None
+
+
+def test_largest_buffers():
+    assignment = """BufferAssignment:
+allocation 0: size 64, page 0, parameter 0, shape |f32[16]| at ShapeIndex {}:
+ value: <1 p @0> (size=64,offset=0): f32[16]{0}
+allocation 1: size 9000, page 0, preallocated-temp:
+ value: <2 big @0> (size=4000,offset=0): f32[1000]{0}
+ value: <3 small @0> (size=80,offset=4000): f32[20]{0}
+ value: <4 big.2 @0> (size=4000,offset=5000): f32[1000]{0}
+ value: <5 pair{} @0> (size=16,offset=4080): (f32[20], f32[20])
+allocation 2: size 9000, color 1, page 0, preallocated-temp:
+ value: <6 fast @0> (size=9000,offset=0): f32[2250]{0}
+"""
+    text = "\n".join(
+        f'  %{n} = f32[4] add(%a, %b), metadata={{op_name="jit(train)/while/body/dot"}}'
+        for n in ("big", "big.2")
+    )
+    got = [(b.bytes, b.shape, b.count, b.origin) for b in program_lib._buffers(assignment, text)]
+    assert got == [(4000, "f32[1000]", 2, "while/dot"), (80, "f32[20]", 1, "small")]

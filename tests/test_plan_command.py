@@ -1,0 +1,73 @@
+"""`python -m lm_jax.plan` as users run it: real compilations for TPUs, and what does not fit."""
+
+import json
+import shlex
+
+import commands
+import pytest
+
+TINY = {
+    "model.vocab_size": 1024,
+    "model.layers": 2,
+    "model.width": 256,
+    "model.heads": 2,
+    "model.kv_heads": 2,
+    "model.mlp_width": 512,
+    "model.max_length": 256,
+    "model.attention": "xla",  # kernels take longer to compile
+    "data.length": 256,
+    "data.batch_size": 16,
+}
+
+
+def plan(*more: str, **overrides):
+    keys = TINY | {key.replace("__", "."): value for key, value in overrides.items()}
+    return commands.run(
+        "plan",
+        "--config=configs/llama.py:smollm2_135m",
+        *(f"--config.{key}={value}" for key, value in keys.items()),
+        *more,
+    )
+
+
+def test_a_tpu_slice_as_json():
+    code, out, err = plan("--topology=v5e:2x2", "--json", mesh__fsdp=4, mesh__data=1)
+    assert (code, err) == (0, "")
+    got = json.loads(out)
+    assert got["device_kind"] == "TPU v5 lite" and got["devices"] == 4 and got["fits"]
+    assert got["mesh"]["fsdp"] == 4 and got["length"] == 256
+    memory = got["memory_bytes"]
+    assert memory["parameters"] == pytest.approx(4 * got["parameters"] / 4, rel=0.05)
+    assert memory["total"] < got["hbm_bytes"]
+    gathers = [c for c in got["collectives"] if c["kind"] == "all-gather"]
+    assert gathers and all(c["axes"] == ["fsdp"] for c in gathers)
+    assert got["estimate"]["computing"] > 0, "the compiler's own cycles were not found"
+    low, high = got["estimate"]["mfu"]
+    assert 0 < low <= high < 1
+
+
+def test_what_does_not_fit_comes_with_what_does():
+    code, out, err = plan("--topology=v5e:2x2", data__batch_size=32768)
+    assert (code, err) == (1, "")
+    assert "DOES NOT FIT: needs" in out and "this fits" in out
+    flags = shlex.split(out.split("add:\n")[1].splitlines()[0])
+    assert flags[0] == "--config.model.remat=full"
+    changes = {flag.removeprefix("--config.").split("=")[0]: flag.split("=")[1] for flag in flags}
+    keys = {key.replace(".", "__"): value for key, value in changes.items()}
+    code, out, err = plan("--topology=v5e:2x2", "--json", data__batch_size=32768, **keys)
+    assert (code, err) == (0, "") and json.loads(out)["fits"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "give --topology=v5e:4x4"),
+        (("--topology=v5q:2x2",), "no chip is called 'v5q'"),
+        (("--topology=v5e:2x2", "--config.mesh.fsdp=3"), "does not fit 4 device"),
+        (("--topology=v5e:2x2", "--config.tokenizer.kind=characters"), "--config.model.vocab_size"),
+    ],
+)
+def test_mistakes_are_messages(flags, said):
+    code, out, err = commands.run("plan", "--config=configs/llama.py", *flags)
+    assert (code, out) == (1, "") and err.startswith("error: ") and said in err
+    assert "Traceback" not in err
