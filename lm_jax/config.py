@@ -102,7 +102,10 @@ class ModelConfig:
     dropout: float = 0.0  # on the embedding, each residual branch and the attention weights
     dtype: str = choice("bfloat16", "float32", resumable=True)  # compute; parameters are float32
     # What the backward pass computes again to save memory; the more, the further to the right.
-    remat: str = choice("none", "all_dots", "dots", "full", resumable=True)
+    # offload: as full, with the blocks' inputs in the host's memory.
+    remat: str = choice(
+        "none", "all_dots", "dots", "heads", "attention", "full", "offload", resumable=True
+    )
     scan_layers: bool = resumable(True)  # False unrolls; the parameters are stacked either way
     # How it is computed; auto: the fastest that this platform has for this model.
     attention: str = choice("auto", "xla", "cudnn", "splash", "ring", resumable=True)

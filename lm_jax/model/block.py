@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.config import ModelConfig
 from lm_jax.model import cache as kv
@@ -90,6 +91,9 @@ class Attention(nnx.Module):
         v_BTKH = heads(self.value, self.value_bias, self.value_lora, None)
         if rope is not None:
             q_BTNH, k_BTKH = apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope)
+        q_BTNH = checkpoint_name(q_BTNH, "query")
+        k_BTKH = checkpoint_name(k_BTKH, "key")
+        v_BTKH = checkpoint_name(v_BTKH, "value")
         if cache is not None:
             cache, k_BTKH, v_BTKH = kv.update(cache, layer, k_BTKH, v_BTKH, context.positions_BT)
         common = {

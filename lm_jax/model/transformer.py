@@ -16,6 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from lm_jax.config import ModelConfig
@@ -30,14 +31,28 @@ from lm_jax.model.projection import project
 from lm_jax.model.rope import rope_tables
 from lm_jax.sharding.mesh import activation_spec, dividing, names_in, parameter_spec, reshard
 
-# What the forward pass keeps for the backward pass, by name. 'none' keeps all and computes nothing
-# again; 'dots' keeps the outputs of products without a batch axis (the projections);
-# 'full' keeps each block's input alone.
+_P = jax.checkpoint_policies
+_HEADS = "query", "key", "value", "attention"  # names given in `lm_jax.model.block` and kernels
+# What the forward pass keeps of each block for the backward pass, from most to least; what it does
+# not keep is computed again. 'none': everything. 'all_dots': the outputs of all products; 'dots':
+# of those without a batch axis, which are the projections, and of attention. 'heads': queries, keys
+# and values, and what attention makes of them. 'attention': the latter alone. 'full': the block's
+# input alone; 'offload' keeps that in the host's memory.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "all_dots": jax.checkpoint_policies.dots_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "all_dots": _P.save_from_both_policies(_P.dots_saveable, _P.save_only_these_names("attention")),
+    "dots": _P.save_from_both_policies(
+        _P.dots_with_no_batch_dims_saveable, _P.save_only_these_names("attention")
+    ),
+    "heads": _P.save_only_these_names("input", *_HEADS),
+    "attention": _P.save_only_these_names("input", "attention"),
+    "full": _P.save_only_these_names("input"),
+    "offload": _P.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -192,6 +207,7 @@ class Transformer(nnx.Module):
         def run(carry, inputs):
             x_BTD, cache = carry
             block, layer, kind, key = inputs
+            x_BTD = checkpoint_name(x_BTD, "input")
             return block(x_BTD, context, layer, kind, cache, key), None
 
         if c.remat != "none":

@@ -269,8 +269,19 @@ def test_each_remat_policy_computes_more_again_than_the_one_before():
         traced = jax.make_jaxpr(jax.grad(loss))(parameters.split(skeleton))
         return sum(e.primitive.name == "dot_general" for e in equations(traced.jaxpr))
 
-    none, all_dots, dots, full = map(products, ("none", "all_dots", "dots", "full"))
-    assert none == all_dots < dots < full
+    none, all_dots, dots, heads, attention, full, offload = map(products, REMAT_POLICIES)
+    assert none == all_dots < dots < heads < attention == full == offload
+
+
+def test_offloaded_inputs_of_blocks_lie_in_the_hosts_memory():
+    def spaces(remat: str) -> set[str]:
+        skeleton, batch = skeleton_of(replace(LLAMA, remat=remat)), packed_batch(2)
+        loss = lambda p: batch_loss(parameters.bind(skeleton, p), batch).nll  # noqa: E731
+        traced = jax.make_jaxpr(jax.grad(loss))(parameters.split(skeleton))
+        arrays = (v.aval for e in equations(traced.jaxpr) for v in e.outvars)
+        return {str(a.memory_space) for a in arrays if a.ndim == 4 and a.shape[-1] == LLAMA.width}
+
+    assert spaces("full") < spaces("offload")
 
 
 # Dropout
