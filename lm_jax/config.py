@@ -54,6 +54,17 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(unsafe_hash=True)
+class MoeConfig:
+    """A mixture of experts in place of each layer's feed-forward; no token is dropped."""
+
+    experts: int = 0  # 0: none; each is as wide as model.mlp_width
+    experts_per_token: int = 2
+    # Those of a token's experts sum to 1, as in Mixtral; False: they are the probabilities that the
+    # router gives them among all experts.
+    normalize_weights: bool = True
+
+
+@dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
     """The Transformer. The defaults are GPT-2 124M's (Radford et al. 2019)."""
 
@@ -63,7 +74,7 @@ class ModelConfig:
     heads: int = 12
     kv_heads: int | None = None  # None: as many as heads; fewer is grouped-query attention
     head_width: int | None = None  # None: width / heads
-    mlp_width: int | None = None  # None: 4 x width
+    mlp_width: int | None = None  # of an expert, if there are any; None: 4 x width
     max_length: int = 1024  # the longest sequence, in tokens
     causal: bool = True  # False: every token sees the whole of its document
     norm: str = choice("layernorm", "rmsnorm")
@@ -94,6 +105,7 @@ class ModelConfig:
     head: str = choice("linear", "masked_lm", "none")
     tied_head: bool = True  # the head shares the token embedding
     pooler: bool = False  # a dense layer and tanh on the first token, as BERT
+    moe: MoeConfig = field(default_factory=MoeConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     # The published family that it is exported as, by its model_type; '': the first that has this
     # shape. Set where a published model is read.
@@ -197,6 +209,11 @@ class TrainingConfig:
     seed: int = 0
     accumulation: int = 1  # micro-batches a step
     z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, section 5)
+    # Weights of what keeps the routers of experts in order: the load-balancing loss (Switch
+    # Transformer, Fedus et al. 2021) and log(Z)^2 (ST-MoE, Zoph et al. 2022). With accumulation
+    # the first costs another forward pass, since the load is that of the whole batch.
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
     # Positions of a row whose logits exist at a time; None: as many as fit in 128 MiB.
     loss_chunk: int | None = resumable(None)
     evaluate_every: int = resumable(250)  # steps; 0: never

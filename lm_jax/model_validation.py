@@ -117,7 +117,21 @@ def model_checks(model: ModelConfig) -> Iterator[Check]:
         "model.rope_scaling.high_frequency_factor",
         f"must be above low_frequency_factor = {scaling.low_frequency_factor}",
     )
+    yield from _expert_checks(model)
     yield from _adapter_checks(model)
+
+
+def _expert_checks(model: ModelConfig) -> Iterator[Check]:
+    experts, chosen = model.moe.experts, model.moe.experts_per_token
+    yield experts >= 0, "model.moe.experts", f"must be at least 0 (0: none), not {experts}"
+    if experts <= 0:
+        return
+    yield (
+        1 <= chosen <= experts,
+        "model.moe.experts_per_token",
+        f"must be from 1 to model.moe.experts = {experts}, not {chosen}",
+    )
+    yield not model.mlp_bias, "model.mlp_bias", "experts have no biases: set it to False"
 
 
 def _adapter_checks(model: ModelConfig) -> Iterator[Check]:
@@ -128,6 +142,13 @@ def _adapter_checks(model: ModelConfig) -> Iterator[Check]:
     yield lora.alpha > 0, "model.lora.alpha", f"must be above 0, not {lora.alpha}"
     gate = ("gate",) if model.gated_mlp else ()
     places = ("query", "key", "value", "out", "up", *gate, "down")
+    if model.moe.experts:  # a routed product has no adapters
+        yield (
+            not {"up", "gate", "down", "all"} & set(lora.targets),
+            "model.lora.targets",
+            "experts have no adapters: name some of query, key, value, out",
+        )
+        places, gate = places[:4], ()
     if lora.targets == ("all",):
         return
     wrong = [name for name in lora.targets if name not in places]

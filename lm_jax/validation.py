@@ -163,7 +163,7 @@ def _checks(config: Config) -> Iterator[Check]:
     above_0 += " optimizer.decay_steps checkpoint.keep_every"
     from_0 = "optimizer.clip_norm optimizer.warmup_steps optimizer.weight_decay training.z_loss"
     from_0 += " training.evaluate_every training.sample_every training.sample_tokens"
-    from_0 += " checkpoint.every"
+    from_0 += " checkpoint.every training.balance_loss training.router_z_loss"
     parts = "optimizer.b1 optimizer.b2 optimizer.muon_momentum"
     for key, value, _ in walk(config):
         if value is not None and key in above_0.split():
@@ -183,6 +183,12 @@ def _checks(config: Config) -> Iterator[Check]:
         "model.lora.rank",
         "adapters need weights that they belong to: name them with init_from",
     )
+    for key in ("balance_loss", "router_z_loss"):
+        yield (
+            not getattr(training, key) or model.moe.experts > 0,
+            f"training.{key}",
+            "this model has no router (model.moe.experts = 0): set it to 0",
+        )
     yield 0 <= optimizer.final_fraction <= 1, "optimizer.final_fraction", "must be in [0, 1]"
     axes = (mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence, mesh.expert)
     yield (

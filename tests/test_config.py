@@ -34,7 +34,17 @@ def config(**changes) -> Config:
 MASKED = {"data__objective": "masked", "model__causal": False, "model__head": "masked_lm"}
 ADAPTERS = {"model__lora__rank": 4, "init_from": "runs/base"}
 
+EXPERTS = {"model__moe__experts": 4, "model__mlp_bias": False}
+
 WRONG = [
+    ("model.moe.experts", {"model__moe__experts": -1}),
+    ("model.moe.experts_per_token", EXPERTS | {"model__moe__experts_per_token": 5}),
+    ("model.moe.experts_per_token", EXPERTS | {"model__moe__experts_per_token": 0}),
+    ("model.mlp_bias", EXPERTS | {"model__mlp_bias": True}),
+    ("training.balance_loss", EXPERTS | {"training__balance_loss": -1.0}),
+    ("training.balance_loss", {"training__balance_loss": 0.01}),  # of no router
+    ("training.router_z_loss", EXPERTS | {"training__router_z_loss": -1.0}),
+    ("training.router_z_loss", {"training__router_z_loss": 0.01}),
     ("model.layers", {"model__layers": 0}),
     ("model.heads", {"model__heads": 7}),
     ("model.kv_heads", {"model__kv_heads": 5}),
@@ -122,6 +132,8 @@ WRONG = [
     ("model.lora.targets", ADAPTERS | {"model__lora__targets": ("query", "query")}),
     ("model.lora.targets", ADAPTERS | {"model__lora__targets": ("query", "head")}),
     ("model.lora.targets", ADAPTERS | {"model__lora__targets": ("gate",)}),  # and not gated
+    ("model.lora.targets", ADAPTERS | EXPERTS | {"model__lora__targets": ("up",)}),
+    ("model.lora.targets", ADAPTERS | EXPERTS | {"model__lora__targets": ("all",)}),
     ("mesh", {"mesh__data": 0}),
     ("mesh", {"mesh__data": -1, "mesh__fsdp": -1}),
     ("checkpoint.keep", {"checkpoint__keep": 0}),
@@ -137,6 +149,9 @@ WRONG = [
 def test_what_cannot_work_is_refused_by_name(key, changes):
     validate(config())
     validate(config(**ADAPTERS))
+    validate(
+        config(**EXPERTS, **ADAPTERS, training__balance_loss=0.01, training__router_z_loss=1.0)
+    )
     with pytest.raises(UserError) as error:
         validate(config(**changes))
     lines = str(error.value).splitlines()[1:]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lm_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, RopeScaling
+from lm_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, MoeConfig, RopeScaling
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, make_mesh
@@ -72,6 +72,7 @@ GEMMA = dataclasses.replace(
     logits_softcap=3.0,
     tied_head=True,
 )
+MOE = dataclasses.replace(LLAMA, mlp_width=24, moe=MoeConfig(experts=4, experts_per_token=2))
 LORA = dataclasses.replace(
     LLAMA,
     lora=LoraConfig(2, 4.0, ("query", "key", "value", "out", "up", "gate", "down")),

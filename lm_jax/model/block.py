@@ -15,23 +15,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.config import ModelConfig
 from lm_jax.model import cache as kv
+from lm_jax.model.activations import ACTIVATIONS
 from lm_jax.model.attention import attention
 from lm_jax.model.dropout import dropout
+from lm_jax.model.moe import Experts
 from lm_jax.model.parameters import constant, normal
 from lm_jax.model.projection import Lora, project
 from lm_jax.model.ring import ring_attention
 from lm_jax.model.rope import apply_rope
 from lm_jax.model.splash import splash_attention
 from lm_jax.sharding.mesh import activation_spec, gather, names_in
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
-}
-
 
 # Attention that works on blocks of a row and makes its masks itself.
 BLOCKWISE: dict[str, Callable[..., jax.Array]] = {
@@ -183,6 +176,13 @@ class Context:
     length: str | None = dataclasses.field(metadata={"static": True})
     residual: str | None = dataclasses.field(metadata={"static": True})
 
+    @property
+    def real_BT(self) -> jax.Array | None:
+        """bool, where the residual stream is: no padding. None: there is none."""
+        if self.segments_BT is None:
+            return None
+        return reshard(self.segments_BT > 0, activation_spec("batch", self.residual))
+
     def whole(self, x_BTD: jax.Array) -> jax.Array:
         """The residual stream as the products take it."""
         between, here = (activation_spec("batch", a) for a in (self.residual, self.length))
@@ -206,12 +206,13 @@ class Block(nnx.Module):
         attention_key, mlp_key = jax.random.split(key)
         norm = functools.partial(Norm, c.norm, c.width, c.norm_epsilon, c.norm_bias)
         self.attention_norm, self.attention = norm(), Attention(c, attention_key)
-        self.mlp_norm, self.mlp = norm(), FeedForward(c, mlp_key)
+        self.mlp_norm, self.mlp = norm(), (Experts if c.moe.experts else FeedForward)(c, mlp_key)
         both = c.norm_placement == "both"
         self.attention_out_norm, self.mlp_out_norm = (norm(), norm()) if both else (None, None)
 
     def __call__(self, x_BTD, context: Context, layer, kind, cache, key):
-        """Returns the residual stream after this block, and the cache with its keys and values."""
+        """Returns the residual stream after this block, the cache with its keys and values, and
+        what the router did (None without experts)."""
         rate, pre = self.config.dropout, self.config.norm_placement != "post"
         key_weights, key_attention, key_mlp = (
             (None,) * 3 if key is None else jax.random.split(key, 3)
@@ -223,10 +224,14 @@ class Block(nnx.Module):
         x_BTD = x_BTD + dropout(h_BTD, rate, key_attention)
         if not pre:
             x_BTD = self.attention_norm(x_BTD)
-        h_BTD = self.mlp(self.mlp_norm(x_BTD) if pre else x_BTD, context)
+        h_BTD, router = self.mlp_norm(x_BTD) if pre else x_BTD, None
+        if self.config.moe.experts:
+            h_BTD, router = self.mlp(h_BTD, context.real_BT, context.residual)
+        else:
+            h_BTD = self.mlp(h_BTD, context)
         if self.mlp_out_norm is not None:
             h_BTD = self.mlp_out_norm(h_BTD)
         x_BTD = x_BTD + dropout(h_BTD, rate, key_mlp)
         if not pre:
             x_BTD = self.mlp_norm(x_BTD)
-        return x_BTD, cache
+        return x_BTD, cache, router

@@ -3,7 +3,8 @@
 Convention: 6 FLOPs for each parameter of a matrix product (2 forward, 4 backward; the head counts,
 embedding look-ups, norms, biases and adapters do not), plus attention's two products, as far as a
 causal mask or a window does not let them be skipped (Kaplan et al. 2020; PaLM, appendix B).
-Rematerialization and padding do not count: MFU is useful work over peak.
+Of experts, those that a token goes to count. Rematerialization and padding do not: MFU is useful
+work over peak.
 """
 
 import math
@@ -30,11 +31,25 @@ _PEAKS = {
 
 
 def matrix_parameters(config: ModelConfig) -> int:
-    """Parameters of matrix products, the head among them."""
+    """Parameters of the matrix products that a token takes part in, the head among them."""
     c = config
     attention = 2 * c.width * (c.heads + c.kv_heads) * c.head_width
-    mlp = (3 if c.gated_mlp else 2) * c.width * c.mlp_width
+    mlp = _mlp_parameters(c)
+    if c.moe.experts:
+        mlp = c.moe.experts_per_token * mlp + c.width * c.moe.experts  # and the router
     return c.layers * (attention + mlp) + _head_parameters(c)
+
+
+def idle_parameters(config: ModelConfig) -> int:
+    """Parameters of the experts that a token does not go to."""
+    c = config
+    unused = max(0, c.moe.experts - c.moe.experts_per_token)
+    return c.layers * unused * _mlp_parameters(c)
+
+
+def _mlp_parameters(c: ModelConfig) -> int:
+    """Of one feed-forward, or one expert."""
+    return (3 if c.gated_mlp else 2) * c.width * c.mlp_width
 
 
 def _head_parameters(c: ModelConfig) -> int:

@@ -22,10 +22,12 @@ from jax.sharding import PartitionSpec as P
 from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.model import cache as kv
+from lm_jax.model.activations import ACTIVATIONS
 from lm_jax.model.attention import attention_mask, layer_kinds, resolve_backend
-from lm_jax.model.block import ACTIVATIONS, BLOCKWISE, Block, Context, Norm
+from lm_jax.model.block import BLOCKWISE, Block, Context, Norm
 from lm_jax.model.dropout import dropout
 from lm_jax.model.head import Head
+from lm_jax.model.moe import RouterSums
 from lm_jax.model.parameters import constant, normal, use
 from lm_jax.model.projection import project
 from lm_jax.model.rope import rope_tables
@@ -35,7 +37,8 @@ _P = jax.checkpoint_policies
 _HEADS = "query", "key", "value", "attention"  # names given in `lm_jax.model.block` and kernels
 # What the forward pass keeps of each block for the backward pass, from most to least; what it does
 # not keep is computed again. 'none': everything. 'all_dots': the outputs of all products; 'dots':
-# of those without a batch axis, which are the projections, and of attention. 'heads': queries, keys
+# of those without a batch axis, which are the projections (experts' are not among
+# them: their buffers are of the largest size there may be), and of attention. 'heads': queries, keys
 # and values, and what attention makes of them. 'attention': the latter alone. 'full': the block's
 # input alone; 'offload' keeps that in the host's memory.
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -100,6 +103,13 @@ class Transformer(nnx.Module):
         return normal(key, (D, D), self.config.init_std, "embed", "features")
 
     def __call__(
+        self, tokens_BT: jax.Array, **inputs: jax.Array | kv.Cache | None
+    ) -> tuple[jax.Array, kv.Cache | None]:
+        """The hidden states that `logits` turns into scores, and the cache: see `forward`."""
+        x_BTD, cache, _ = self.forward(tokens_BT, **inputs)
+        return x_BTD, cache
+
+    def forward(
         self,
         tokens_BT: jax.Array,
         *,
@@ -108,20 +118,22 @@ class Transformer(nnx.Module):
         types_BT: jax.Array | None = None,
         cache: kv.Cache | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, kv.Cache | None]:
+    ) -> tuple[jax.Array, kv.Cache | None, RouterSums | None]:
         """The hidden states that `logits` turns into scores.
 
         Args:
           tokens_BT: int32 token ids.
           positions_BT: int32, each token's place in its document; None: 0, 1, 2 ...
-          segments_BT: int32 document ids; tokens see their own document only. None: one document.
+          segments_BT: int32 document ids, 0 for padding; tokens see their own document only. None:
+            one document.
           types_BT: int32, which of `model.token_types` each token is of; None: all of the first.
           cache: with it, a token's keys and values go to the slot of its position, and it sees the
             slots up to its own. Excludes `segments_BT`.
           dropout_key: turns dropout on.
 
         Returns:
-          [B, T, D] of the compute dtype, and the cache with these tokens in it (None without one).
+          [B, T, D] of the compute dtype, the cache with these tokens in it (None without one), and
+          what the routers of experts did, [L, ...] (None without experts).
         """
         c = self.config
         T = tokens_BT.shape[1]
@@ -182,10 +194,10 @@ class Transformer(nnx.Module):
             embed_key, layers_key = jax.random.split(dropout_key)
             x_BTD = dropout(x_BTD, c.dropout, embed_key)
             keys = jax.random.split(layers_key, c.layers)
-        x_BTD, cache = self._run_blocks(x_BTD, context, cache, keys)
+        x_BTD, cache, router = self._run_blocks(x_BTD, context, cache, keys)
         if c.norm_placement != "post":
             x_BTD = self.norm(x_BTD)
-        return x_BTD, cache
+        return x_BTD, cache, router
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         """float32 [B, T, D], split along D as the table is.
@@ -208,7 +220,8 @@ class Transformer(nnx.Module):
             x_BTD, cache = carry
             block, layer, kind, key = inputs
             x_BTD = checkpoint_name(x_BTD, "input")
-            return block(x_BTD, context, layer, kind, cache, key), None
+            x_BTD, cache, router = block(x_BTD, context, layer, kind, cache, key)
+            return (x_BTD, cache), router
 
         if c.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
@@ -216,11 +229,14 @@ class Transformer(nnx.Module):
         layers = jnp.arange(c.layers), jnp.asarray(kinds_L, jnp.int32)
         carry, inputs = (x_BTD, cache), (self.blocks, *layers, keys)
         if c.scan_layers:
-            carry, _ = jax.lax.scan(run, carry, inputs)
+            carry, router = jax.lax.scan(run, carry, inputs)
         else:
+            routers = []
             for i in range(c.layers):
-                carry, _ = run(carry, jax.tree.map(operator.itemgetter(i), inputs))
-        return carry
+                carry, router = run(carry, jax.tree.map(operator.itemgetter(i), inputs))
+                routers.append(router)
+            router = jax.tree.map(lambda *layers: jnp.stack(layers), *routers)
+        return *carry, router
 
     def pool(self, x_BTD: jax.Array) -> jax.Array:
         """[B, D]: what a classifier sees of a row, its first token's state by a dense layer and

@@ -29,7 +29,7 @@ from lm_jax.errors import UserError
 from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.attention import resolve_backend
-from lm_jax.model.flops import peak_flops, training_flops_per_token
+from lm_jax.model.flops import idle_parameters, peak_flops, training_flops_per_token
 from lm_jax.model.lora import base_config
 from lm_jax.sharding.mesh import batch_shards, make_mesh, to_devices
 from lm_jax.training import trainable, weights
@@ -106,7 +106,7 @@ class _Run:
         self.evaluate_step = jax.jit(self.step.evaluate)
         self.byte_lengths = to_devices(byte_lengths(tokenizer, config.model.vocab_size), mesh)
         frozen = trainable.frozen_in_products(
-            params_lib.split(self.step.skeleton), self.step.rates, config.model.tied_head
+            params_lib.split(self.step.skeleton), self.step.rates, config.model
         )
         self.flops_per_token = training_flops_per_token(
             config.model, config.data.length, config.data.predictions, frozen
@@ -198,8 +198,10 @@ class _Run:
         device = mesh.devices.flat[0]
         axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1) or "no mesh"
         say = self.metrics.say
+        idle = idle_parameters(config.model)
+        active = f" ({count - idle:,} of them for a token)" if idle else ""
         say(
-            f"model: {count:,} parameters, {config.model.dtype}, vocabulary"
+            f"model: {count:,} parameters{active}, {config.model.dtype}, vocabulary"
             f" {config.model.vocab_size:,} ({self.tokenizer.kind})"
         )
         if learning < count:

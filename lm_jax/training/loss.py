@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.model.head import Head
+from lm_jax.model.moe import RouterSums
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, dividing, reshard, shards
 
@@ -18,12 +19,13 @@ LOGITS_A_DEVICE = 2**25
 
 
 class LossSums(NamedTuple):
-    """Sums over the positions that count; each is a float32 scalar."""
+    """Sums over the positions that count; float32 scalars, but for the routers'."""
 
     nll: jax.Array  # negative log-likelihood, in nats
     z: jax.Array  # log(Z)^2
     weight: jax.Array  # positions
     right: jax.Array  # positions whose target is the most probable id
+    router: RouterSums | None = None  # over all real tokens; None without experts
 
     @classmethod
     def zero(cls) -> "LossSums":
@@ -115,19 +117,32 @@ def batch_loss(
     With `predicted`, int32 [B, S], the head works for these positions of each row alone, and
     `targets` and `weights` are [B, S], theirs.
     """
-    x_BTD, _ = model(
-        batch["inputs"],
-        positions_BT=batch["positions"],
-        segments_BT=batch["segments"],
-        dropout_key=dropout_key,
-    )
+    x_BTD, router = _forward(model, batch, dropout_key)
     if "predicted" in batch:
         x_BTD = reshard(x_BTD, activation_spec("batch", None, "embed"))
         x_BTD = jnp.take_along_axis(x_BTD, batch["predicted"][:, :, None], axis=1)
-    return cross_entropy(
+    sums = cross_entropy(
         model.head_input(x_BTD),
         model.output_head(dividing("length", batch["targets"].shape[1])),
         batch["targets"],
         batch["weights"],
         chunk=chunk,
     )
+    return sums._replace(router=router)
+
+
+def router_load(
+    model: Transformer, batch: dict[str, jax.Array], dropout_key: jax.Array | None = None
+) -> jax.Array:
+    """How many real tokens of a batch choose each expert: float32 [L, E]."""
+    return _forward(model, batch, dropout_key)[1].load_E
+
+
+def _forward(model, batch, dropout_key):
+    x_BTD, _, router = model.forward(
+        batch["inputs"],
+        positions_BT=batch["positions"],
+        segments_BT=batch["segments"],
+        dropout_key=dropout_key,
+    )
+    return x_BTD, router

@@ -25,6 +25,7 @@ _RULES: dict[str, tuple[bool, contrib.MuonDimensionNumbers | None]] = {
     "up": (True, contrib.MuonDimensionNumbers((-2,), (-1,))),
     "gate": (True, contrib.MuonDimensionNumbers((-2,), (-1,))),
     "down": (True, contrib.MuonDimensionNumbers((-2,), (-1,))),
+    "router": (True, None),
     "a": (True, None),  # of an adapter: matrices so thin that their spectrum says little
     "b": (True, None),
     "scale": (False, None),
@@ -61,12 +62,18 @@ def _is_muons(parameters: Parameters) -> dict[str, bool]:
     return {name: axes is not None for name, axes in _muon_axes(parameters).items()}
 
 
-def _is_stacked(parameters: Parameters) -> dict[str, bool]:
-    return {name: name.startswith("blocks.") for name in parameters}
+def _stacks(parameters: Parameters) -> dict[str, int]:
+    """Leading axes that stack matrices: of blocks the layers, and the experts where there are."""
+
+    def axes(name: str, x: jax.Array) -> int:
+        experts = x.ndim == 4 and name.endswith((".up", ".gate", ".down"))
+        return name.startswith("blocks.") + experts
+
+    return {name: axes(name, x) for name, x in parameters.items()}
 
 
-def _layer_by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`rule` on each layer of stacked parameters [L, ...] as if it stood alone."""
+def _one_by_one(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`rule` on each part of stacked parameters [L, ...] as if it stood alone."""
 
     def update(updates, state, parameters=None):
         return jax.vmap(rule.update)(updates, state, parameters)
@@ -123,8 +130,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             factored = optax.chain(
                 optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.clip_by_block_rms(1.0)
             )
+            layered = _one_by_one(factored)
             rule = optax.chain(
-                optax.partition({True: _layer_by_layer(factored), False: factored}, _is_stacked),
+                optax.partition({0: factored, 1: layered, 2: _one_by_one(layered)}, _stacks),
                 optax.add_decayed_weights(decay, mask=_decays),
                 optax.scale_by_learning_rate(rate),
             )

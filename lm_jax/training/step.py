@@ -6,7 +6,8 @@ accumulation changes memory and nothing else.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ import optax
 
 from lm_jax.config import Config
 from lm_jax.model import parameters as params_lib
+from lm_jax.model.moe import RouterSums
 from lm_jax.model.parameters import Parameters
 from lm_jax.model.transformer import Transformer, skeleton_of
 from lm_jax.sharding.mesh import activation_spec, reshard
-from lm_jax.training.loss import LossSums, batch_loss, chunk_length
+from lm_jax.training.loss import LossSums, batch_loss, chunk_length, router_load
 from lm_jax.training.masking import Masking
 from lm_jax.training.optimizer import make_optimizer, make_schedule
 from lm_jax.training.trainable import Rates, mask, rates, scaled, split
@@ -45,6 +47,8 @@ class Step:
     seed: int
     accumulation: int
     z_loss: float
+    balance_loss: float
+    router_z_loss: float
     chunk: int | None
     masking: Masking | None = None  # None: the next token is predicted
 
@@ -73,25 +77,40 @@ class Step:
         if self.masking is not None:  # of the whole batch, however it is split
             batch = self.masking(batch, masking_key)
         tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+        routed = jnp.maximum(jnp.sum(batch["segments"] > 0).astype(jnp.float32), 1.0)
 
-        def loss(parameters, micro_batch, key):
-            model = params_lib.bind(self.skeleton, state.frozen | parameters)
-            sums = batch_loss(model, micro_batch, chunk=self.chunk, dropout_key=key)
-            return (sums.nll + self.z_loss * sums.z) / tokens, sums
+        def bound(parameters):
+            return params_lib.bind(self.skeleton, state.frozen | parameters)
 
-        def gradient(micro_batch, index):
+        def loss(parameters, micro_batch, key, load):
+            sums = batch_loss(bound(parameters), micro_batch, chunk=self.chunk, dropout_key=key)
+            total = (sums.nll + self.z_loss * sums.z) / tokens
+            if (router := sums.router) is not None:
+                load = router.load_E if load is None else load
+                total += self.balance_loss * router.balance_loss(load, routed)
+                total += self.router_z_loss * router.z_loss(routed)
+            return total, sums
+
+        def key_of(index):
+            return jax.random.fold_in(key, index)
+
+        def gradient(micro_batch, index, load=None):
             of_loss = jax.grad(loss, has_aux=True)
-            return of_loss(state.parameters, micro_batch, jax.random.fold_in(key, index))
-
-        def add(total, inputs):
-            return jax.tree.map(jnp.add, total, gradient(*inputs)), None
+            return of_loss(state.parameters, micro_batch, key_of(index), load)
 
         if self.accumulation == 1:
             gradients, sums = gradient(batch, 0)
         else:
-            zeros = jax.tree.map(jnp.zeros_like, state.parameters), LossSums.zero()
-            inputs = self._micro_batches(batch), jnp.arange(self.accumulation)
-            (gradients, sums), _ = jax.lax.scan(add, zeros, inputs)
+            zero = LossSums.zero()._replace(router=RouterSums.zero(self.skeleton.config))
+            inputs, load = (self._micro_batches(batch), jnp.arange(self.accumulation)), None
+            if self.balance_loss:  # the load of the whole batch comes first
+                load = _summed(
+                    lambda b, i: router_load(bound(state.parameters), b, key_of(i)),
+                    zero.router.load_E,
+                    inputs,
+                )
+            zeros = jax.tree.map(jnp.zeros_like, state.parameters), zero
+            gradients, sums = _summed(lambda b, i: gradient(b, i, load), zeros, inputs)
 
         gradients = mask(gradients, self.rates)
         parameters, optimizer = self._update(gradients, state)
@@ -103,6 +122,9 @@ class Step:
         }
         if self.z_loss:
             metrics["z_loss"] = self.z_loss * sums.z / tokens
+        if (router := sums.router) is not None:  # without their weights: 0 is a weight too
+            metrics["balance_loss"] = router.balance_loss(router.load_E, routed)
+            metrics["router_z_loss"] = router.z_loss(routed)
         return TrainState(state.step + 1, parameters, state.frozen, optimizer), metrics
 
     def _update(self, gradients: Parameters, state: TrainState):
@@ -159,6 +181,15 @@ class Step:
         }
 
 
+def _summed(function: Callable, zeros: Any, inputs: Any) -> Any:
+    """The sum of what `function` gives for each part of `inputs`, one after the other."""
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(*part)), None
+
+    return jax.lax.scan(add, zeros, inputs)[0]
+
+
 def make_step(config: Config, batch_shards: int = 1, masking: Masking | None = None) -> Step:
     """The step of a validated config whose `model.vocab_size` is set.
 
@@ -182,6 +213,8 @@ def make_step(config: Config, batch_shards: int = 1, masking: Masking | None = N
         seed=training.seed,
         accumulation=training.accumulation,
         z_loss=training.z_loss,
+        balance_loss=training.balance_loss,
+        router_z_loss=training.router_z_loss,
         chunk=chunk,
         masking=masking,
     )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm_jax.config import Config
+from lm_jax.config import Config, ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.model.lora import is_adapter
 from lm_jax.model.parameters import Parameters
@@ -152,13 +152,19 @@ def count(parameters: Parameters, rates: Rates) -> int:
     )
 
 
-def frozen_in_products(parameters: Parameters, rates: Rates, tied_head: bool) -> int:
-    """How many numbers of the weights of matrix products are frozen: adapters aside."""
+def frozen_in_products(parameters: Parameters, rates: Rates, model: ModelConfig) -> float:
+    """How many numbers of the weights of a token's matrix products are frozen: adapters aside."""
     weights = {
         name: x
         for name, x in parameters.items()
         if not name.endswith(("embedding", "bias", "scale", *_UNUSED)) and not is_adapter(name)
     }
-    if tied_head:
+    if model.tied_head:
         weights["embedding"] = parameters["embedding"]
-    return sum(x.size for x in weights.values()) - count(weights, rates)
+    moe, out = model.moe, 0.0
+    for name, x in weights.items():
+        frozen = x.size - count({name: x}, rates)
+        # Of experts, as many as a token goes to.
+        experts = moe.experts > 0 and name.endswith((".up", ".gate", ".down"))
+        out += frozen * moe.experts_per_token / moe.experts if experts else frozen
+    return out

@@ -3,6 +3,7 @@
 One row at a time; one head at a time; rotations as complex numbers; no code of lm_jax.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -94,12 +95,28 @@ def attend(c, b, x, segments, positions, window):
 
 
 def feed_forward(c, b, x):
+    if c.moe.experts:
+        return mixture(c, b, x)
     up = x @ b["mlp.up"] + b.get("mlp.up_bias", 0.0)
     if c.gated_mlp:
         h = activation(c, x @ b["mlp.gate"] + b.get("mlp.gate_bias", 0.0)) * up
     else:
         h = activation(c, up)
     return h @ b["mlp.down"] + b.get("mlp.down_bias", 0.0)
+
+
+def mixture(c, b, x):
+    """Mixtral, section 2.1, token by token."""
+    out, experts = np.zeros_like(x), [k for k in ("mlp.up", "mlp.gate", "mlp.down") if k in b]
+    for t, token in enumerate(x):
+        scores = np.exp(token @ b["mlp.router"])
+        scores /= scores.sum()
+        chosen = np.argsort(-scores)[: c.moe.experts_per_token]
+        share = scores[chosen] / (scores[chosen].sum() if c.moe.normalize_weights else 1)
+        for weight, e in zip(share, chosen):
+            dense = dataclasses.replace(c, moe=dataclasses.replace(c.moe, experts=0))
+            out[t] += weight * feed_forward(dense, {k: b[k][e] for k in experts}, token)
+    return out
 
 
 def activation(c, x):

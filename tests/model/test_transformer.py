@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_model
-from tiny_models import BERT, GEMMA, GPT2, LLAMA, LORA, T, V, build, quick_jit
+from tiny_models import BERT, GEMMA, GPT2, LLAMA, LORA, MOE, T, V, build, quick_jit
 
-from lm_jax.config import RopeScaling
+from lm_jax.config import MoeConfig, RopeScaling
 from lm_jax.errors import UserError
 from lm_jax.model import lora
 from lm_jax.model import parameters as params_lib
@@ -54,6 +54,10 @@ FAMILIES = {
     "windows of two sizes, unrolled": replace(GPT2, windows=(4, 2), scan_layers=False),
     "biases of queries, keys and values alone": replace(LLAMA, qkv_bias=True),
     "adapters": LORA,
+    "experts": MOE,
+    "experts by their probability, not gated": replace(
+        MOE, layers=1, gated_mlp=False, moe=MoeConfig(5, 3, normalize_weights=False)
+    ),
     "relu": replace(GPT2, activation="relu", layers=1, head_width=6),
     "relu squared": replace(GPT2, activation="relu_squared", layers=1, mlp_bias=False),
 }
@@ -123,7 +127,9 @@ def test_no_gradient_crosses_documents(config):
         np.testing.assert_array_equal(touched, PACKED_SEGMENTS[0] == segment)
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA, GEMMA], ids=["gpt2", "llama", "gemma"])
+@pytest.mark.parametrize(
+    "config", [GPT2, LLAMA, GEMMA, MOE], ids=["gpt2", "llama", "gemma", "experts"]
+)
 def test_cached_decoding_equals_the_full_pass_for_rows_of_different_lengths(config):
     """Rows of 3, 7 and 5 tokens go on together; slots past a row's own hold what was padding."""
     model, ids, lengths = build(config), tokens(3, seed=1), np.array([3, 7, 5])

@@ -112,7 +112,7 @@ def test_what_is_frozen_needs_a_third_less_of_a_products_flops(model):
     none = dict.fromkeys(parameters, 1.0)
     products = 6 * flops.matrix_parameters(model)
     for table, left in ((none, 1), (some, 2 / 3)):
-        frozen = frozen_in_products(parameters, table, model.tied_head)
+        frozen = frozen_in_products(parameters, table, model)
         rest = flops.training_flops_per_token(model, 16) - products
         got = flops.training_flops_per_token(model, 16, frozen=frozen) - rest
         assert got == pytest.approx(left * products)
