@@ -116,7 +116,7 @@ def test_every_gather_has_the_gradient_that_jax_would_give_it():
         got, back = jax.vjp(lambda x, ours=ours: ours(x, order), x)
         want, back_plain = jax.vjp(theirs, x)
         np.testing.assert_allclose(got * counted, want * counted, rtol=1e-6)
-        d = np.where(counted, rng.standard_normal(want.shape), 0).astype(np.float32)
+        d = jnp.where(counted, rng.standard_normal(want.shape), 0).astype(jnp.float32)
         np.testing.assert_allclose(back(d)[0], back_plain(d)[0], rtol=1e-5)
 
 
