@@ -7,7 +7,7 @@ import numpy as np
 
 from lm_jax.config import ModelConfig
 from lm_jax.interop.config_map import choose_family, write_config
-from lm_jax.interop.pretrained import layers_of
+from lm_jax.interop.pretrained import tensors_of
 from lm_jax.interop.safetensors_writer import WeightsWriter
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.transformer import skeleton_of
@@ -41,8 +41,8 @@ def write(folder: pathlib.Path, model: ModelConfig, dtype: str, shard_bytes: int
     family, shapes = choose_family(model), {}
     for weight in family.weights(model):
         ours = params_lib.split(skeleton_of(model))[weight.ours].shape
-        names, each = layers_of(weight, ours)
-        shapes |= dict.fromkeys(names, weight.layout.their_shape(each))
+        names, each = tensors_of(weight, ours)
+        shapes |= dict.fromkeys(names.values(), weight.layout.their_shape(each))
     planned = [(name, shape, np.dtype(dtype)) for name, shape in shapes.items()]
     rng = np.random.default_rng(0)
     with WeightsWriter(folder, planned, max_shard_bytes=shard_bytes) as writer:

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from lm_jax.config import NOT_OF_THE_WEIGHTS, ModelConfig, RopeScaling, walk
+from lm_jax.config import NOT_OF_THE_WEIGHTS, ModelConfig, MoeConfig, RopeScaling, walk
 from lm_jax.errors import UserError
 from lm_jax.interop.family import Family, Json
 from lm_jax.interop.registry import FAMILIES
@@ -95,7 +95,8 @@ def read_config(family: Family, hf: Json, where: str, names: set[str] | None = N
     if fields["vocab_size"] is None:
         raise UserError(f"{where}: vocab_size must be a whole number, not null")
     scaling = RopeScaling(**fields.pop("rope_scaling", {}))
-    return validate_model(ModelConfig(**fields, rope_scaling=scaling), where)
+    moe = MoeConfig(**fields.pop("moe", {}))
+    return validate_model(ModelConfig(**fields, rope_scaling=scaling, moe=moe), where)
 
 
 def write_config(family: Family, model: ModelConfig) -> Json:

@@ -14,7 +14,7 @@ from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.interop.config_map import choose_family, write_config
 from lm_jax.interop.family import Family, Json, Shape, Weight
-from lm_jax.interop.pretrained import layers_of
+from lm_jax.interop.pretrained import tensors_of
 from lm_jax.interop.safetensors_writer import WeightsWriter
 from lm_jax.model import lora
 from lm_jax.model.parameters import Parameters
@@ -67,7 +67,7 @@ def save_pretrained(
         files = WeightsWriter(folder, planned, max_shard_bytes=max_shard_bytes)
     with files if first else contextlib.nullcontext() as writer:
         for name, _, parts in tensors:
-            x = [on_host(parameters[w.ours], layer, _fetched(w, dtype)) for w, layer in parts]
+            x = [on_host(parameters[w.ours], place, _fetched(w, dtype)) for w, place in parts]
             if writer is not None:
                 theirs = [w.layout.write(part) for (w, _), part in zip(parts, x)]
                 theirs = [part.astype(jnp.dtype(dtype), copy=False) for part in theirs]
@@ -79,7 +79,7 @@ def save_pretrained(
     return chosen
 
 
-Part = tuple[Weight, int | None]  # a parameter, and which of its layers
+Part = tuple[Weight, tuple[int, ...]]  # a parameter, and the place on its stacked axes
 
 
 def _tensors(
@@ -91,13 +91,12 @@ def _tensors(
     for weight in family.weights(model):
         if not weight.written:
             continue
-        names, each = layers_of(weight, shapes[weight.ours])
+        names, each = tensors_of(weight, shapes[weight.ours])
         shape = weight.layout.their_shape(each)
         whole = (*shape[:-1], shape[-1] * weight.part[1])
-        for i, name in enumerate(names):
-            layer = i if "{}" in weight.theirs else None
+        for place, name in names.items():
             name = name.removeprefix(prefix)
-            found.setdefault(name, (whole, []))[1].append((weight, layer))
+            found.setdefault(name, (whole, []))[1].append((weight, place))
     return [(name, shape, parts) for name, (shape, parts) in found.items()]
 
 
@@ -106,27 +105,31 @@ def _fetched(weight: Weight, dtype: str) -> str:
     return "float32" if weight.layout.name == "plus_one" else dtype
 
 
-def on_host(x: jax.Array, layer: int | None, dtype: str) -> np.ndarray:
-    """One layer of a parameter, or all of it; rounded on the device, so that less is moved."""
+def on_host(x: jax.Array, place: tuple[int, ...], dtype: str) -> np.ndarray:
+    """What lies at a place on the first axes of a parameter, (): all of it; rounded on the device,
+    so that less is moved."""
     if jax.process_count() > 1:
-        return np.asarray(_part(x, layer, dtype, True).addressable_data(0))
-    if layer is None and x.dtype == dtype:
+        return np.asarray(_part(x, place, dtype, True).addressable_data(0))
+    if not place and x.dtype == dtype:
         # An array keeps the copy that numpy makes of it: this one goes, and the parameter stays.
         parts = [shard.data for shard in x.addressable_shards]
         x = jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
     else:
-        x = _part(x, layer, dtype, False)
+        x = _part(x, place, dtype, False)
     return np.asarray(x)  # put together from the devices' parts
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "everywhere"))
-def _part(x: jax.Array, layer: jax.Array | None, dtype: str, everywhere: bool) -> jax.Array:
+def _part(x: jax.Array, place: tuple[jax.Array, ...], dtype: str, everywhere: bool) -> jax.Array:
     """
     Args:
       everywhere: whole on every device, and so on every host.
     """
-    if layer is not None:
-        x = jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+    for i in place:
+        spec = jax.typeof(x).sharding.spec
+        if spec and spec[0] is not None:  # experts of one layer: whole, to take one of them out
+            x = reshard(x, P(None, *spec[1:]))
+        x = jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
     x = x.astype(dtype)
     return reshard(x, P(*[None] * x.ndim)) if everywhere else x
 

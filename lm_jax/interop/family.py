@@ -89,7 +89,8 @@ class Weight:
 
     Attributes:
       ours: its dotted name; 'blocks.…' are stacked over the layers.
-      theirs: the tensor's name, with {} for the number of the layer.
+      theirs: the tensor's name, with {} for the number of the layer, and of experts a second one
+        for theirs: each has a tensor of its own.
       part: (i, n): the tensor holds n of ours, one behind the other on its last axis, and this is
         the i-th.
       written: False: it is read where it is there, and the class that is exported has none.
@@ -100,6 +101,11 @@ class Weight:
     layout: Layout
     part: tuple[int, int] = (0, 1)
     written: bool = True
+
+    @property
+    def stacked(self) -> int:
+        """Leading axes of ours of which each place is a tensor: of layers, and of experts."""
+        return self.theirs.count("{}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ def save_adapters(folder: str, model: ModelConfig, adapters: Parameters, base: s
     prefix = family.prefix if model.head == "none" else ""
     modules: dict[str, list[Weight]] = {}  # of the tensors, all our parameters in each
     for weight in family.weights(model):
-        if weight.theirs.endswith(".weight") and "{}" in weight.theirs:
+        if weight.theirs.endswith(".weight") and weight.stacked == 1:
             name = weight.theirs.removesuffix(".weight").removeprefix(prefix)
             modules.setdefault(name, []).append(weight)
     adapted = {
@@ -55,7 +55,7 @@ def save_adapters(folder: str, model: ModelConfig, adapters: Parameters, base: s
             theirs = "base_model.model." + name.format(i)
             planned[f"{theirs}.lora_A.weight"] = (rank, inputs)
             planned[f"{theirs}.lora_B.weight"] = (outputs * weights[0].part[1], rank)
-    arrays = {name: on_host(x, None, "float32") for name, x in adapters.items()}
+    arrays = {name: on_host(x, (), "float32") for name, x in adapters.items()}
     if jax.process_index():
         return
     tensors = [(name, shape, np.float32) for name, shape in planned.items()]

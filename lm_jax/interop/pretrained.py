@@ -86,24 +86,24 @@ def _checked(path: str, config: ModelConfig) -> tuple["_Folder", Parameters]:
     return folder, abstract
 
 
-def layers_of(weight: Weight, shape: Shape) -> tuple[list[str], Shape]:
-    """The names of the tensors that hold a parameter, and the shape that each holds of it."""
-    if "{}" not in weight.theirs:
-        return [weight.theirs], shape
-    return [weight.theirs.format(i) for i in range(shape[0])], shape[1:]
+def tensors_of(weight: Weight, shape: Shape) -> tuple[dict[tuple[int, ...], str], Shape]:
+    """Of each place on the stacked axes of a parameter the tensor that holds it, by its name, and
+    the shape that each holds."""
+    n = weight.stacked
+    return {i: weight.theirs.format(*i) for i in np.ndindex(*shape[:n])}, shape[n:]
 
 
 def _load(folder: "_Folder", weight: Weight, shape: Shape, sharding: NamedSharding) -> jax.Array:
-    names, each = layers_of(weight, shape)
-    if len(names) == 1 and each == shape:
-        whole = _on_devices(folder.read(weight, names[0], shape), sharding)
+    names, each = tensors_of(weight, shape)
+    if each == shape:
+        whole = _on_devices(folder.read(weight, names[()], shape), sharding)
         _let_go(whole)
         return whole
-    one = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+    one = NamedSharding(sharding.mesh, P(*sharding.spec[weight.stacked :]))
     stack = jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding)()
-    for i, name in enumerate(names):
-        layer = _on_devices(folder.read(weight, name, each), one)
-        stack = _put(sharding)(stack, layer, i)
+    for place, name in names.items():
+        part = _on_devices(folder.read(weight, name, each), one)
+        stack = _put(sharding, one)(stack, part, place)
         _let_go(stack)
     return stack
 
@@ -119,12 +119,24 @@ def _let_go(x: jax.Array) -> None:
 
 
 @functools.cache
-def _put(sharding: NamedSharding):
-    return jax.jit(
-        lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0),
-        donate_argnums=0,
-        out_shardings=sharding,
-    )
+def _put(sharding: NamedSharding, one: NamedSharding):
+    """(stack, part, its place) -> stack with it; what lies on other devices stays as it is."""
+    mesh, n = sharding.mesh, len(sharding.spec) - len(one.spec)
+
+    def local(stack: jax.Array, part: jax.Array, place: tuple[jax.Array, ...]) -> jax.Array:
+        here, mine = [], True
+        for size, axis, at in zip(stack.shape, sharding.spec, place):
+            at = at if axis is None else at - jax.lax.axis_index(axis) * size
+            mine &= (at >= 0) & (at < size)
+            here.append(jnp.clip(at, 0, size - 1))
+        here += [0] * part.ndim
+        old = jax.lax.dynamic_slice(stack, here, (1,) * n + part.shape)
+        new = jnp.where(mine, part.reshape(old.shape), old)
+        return jax.lax.dynamic_update_slice(stack, new, here)
+
+    specs = (sharding.spec, one.spec, (P(),) * n)
+    put = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=sharding.spec)
+    return jax.jit(put, donate_argnums=0)
 
 
 def _on_devices(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -193,9 +205,9 @@ class _Folder:
         """
         wanted: dict[str, Shape] = {}
         for weight in weights:
-            names, each = layers_of(weight, shapes[weight.ours])
+            names, each = tensors_of(weight, shapes[weight.ours])
             shape = weight.layout.their_shape(each)
-            for name in names:
+            for name in names.values():
                 wanted[name] = (*shape[:-1], shape[-1] * weight.part[1])
         wrong = []
         for name, shape in wanted.items():

@@ -4,6 +4,7 @@ from lm_jax.interop.families.bert import BERT, DISTILBERT, ROBERTA
 from lm_jax.interop.families.gemma import GEMMA2, GEMMA3
 from lm_jax.interop.families.gpt2 import GPT2
 from lm_jax.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from lm_jax.interop.families.moe import MIXTRAL, QWEN3_MOE
 from lm_jax.interop.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -14,6 +15,8 @@ FAMILIES: dict[str, Family] = {
         MISTRAL,
         QWEN2,
         QWEN3,
+        MIXTRAL,
+        QWEN3_MOE,
         GEMMA2,
         GEMMA3,
         BERT,

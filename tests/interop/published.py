@@ -57,6 +57,8 @@ LLAMA3_ROPE = {
 }
 GEMMA = DECODER | {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 12}
 
+QWEN3_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+
 CASES: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
     "gpt2, own head": lambda: hf.GPT2LMHeadModel(
@@ -95,6 +97,23 @@ CASES: dict[str, Callable[[], Any]] = {
         hf.Qwen2Config(**DECODER, tie_word_embeddings=True)
     ),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**DECODER, head_dim=16)),
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, num_local_experts=4)),
+    "mixtral, window, base model": lambda: hf.MixtralModel(
+        hf.MixtralConfig(**DECODER, num_local_experts=3, num_experts_per_tok=1, sliding_window=5)
+    ),
+    "qwen3 moe": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(**DECODER, **QWEN3_EXPERTS, head_dim=16)
+    ),
+    "qwen3 moe, normalized, tied": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(
+            **DECODER,
+            **QWEN3_EXPERTS,
+            norm_topk_prob=True,
+            tie_word_embeddings=True,
+            use_sliding_window=True,
+            sliding_window=5,
+        )
+    ),
     "gemma 2": lambda: hf.Gemma2ForCausalLM(
         hf.Gemma2Config(**GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
     ),
