@@ -75,10 +75,16 @@ def _stacks(parameters: Parameters) -> dict[str, int]:
 def _one_by_one(rule: optax.GradientTransformation) -> optax.GradientTransformation:
     """`rule` on each part of stacked parameters [L, ...] as if it stood alone."""
 
-    def update(updates, state, parameters=None):
-        return jax.vmap(rule.update)(updates, state, parameters)
+    def mapped(function):
+        def apply(first, *rest):  # optax.partition also asks for nothing at all
+            return (jax.vmap(function) if jax.tree.leaves(first) else function)(first, *rest)
 
-    return optax.GradientTransformation(jax.vmap(rule.init), update)
+        return apply
+
+    def update(updates, state, parameters=None):
+        return mapped(rule.update)(updates, state, parameters)
+
+    return optax.GradientTransformation(mapped(rule.init), update)
 
 
 def make_schedule(config: OptimizerConfig, steps: int, peak: float | None = None) -> optax.Schedule:

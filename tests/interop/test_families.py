@@ -12,7 +12,7 @@ import numpy as np
 import published
 import pytest
 import transformers
-from tiny_models import GPT2, LLAMA, build, on_devices, quick_jit
+from tiny_models import GPT2, LLAMA, MOE, build, on_devices, quick_jit
 
 from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
@@ -106,7 +106,7 @@ def test_imported_and_exported_it_computes_what_transformers_does(case, tmp_path
     np.testing.assert_allclose(again[MASK > 0], want["padded"][MASK > 0], atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["smollm2", "gpt2", "gemma 2", "gemma 3", "bert"])
+@pytest.mark.parametrize("case", ["smollm2", "gpt2", "gemma 2", "gemma 3", "bert", "mixtral"])
 def test_rounded_weights_are_what_transformers_reads(case, tmp_path):
     """bfloat16 in the file, float32 here: nothing is lost on the way in, and nothing more out."""
     theirs = published.CASES[case]()
@@ -220,6 +220,8 @@ OLD_KEYS = {
         "sliding_window_pattern": 6,
     },
     "qwen3": {"rope_theta": 10000.0},
+    "mixtral": {"rope_theta": 1000000.0},
+    "qwen3 moe": {"rope_theta": 10000.0},
 }
 
 
@@ -249,6 +251,16 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(case, tmp_path):
     assert pretrained.read_model_config(str(folder)) == full
 
 
+def test_experts_are_counted_by_either_key(tmp_path):
+    """Transformers writes one, the models that were published have the other."""
+    for case in ("mixtral", "qwen3 moe"):
+        path = published.save(case, tmp_path / case) / "config.json"
+        want, config = pretrained.read_model_config(str(path.parent)), json.loads(path.read_text())
+        config["num_experts"] = config.pop("num_local_experts")
+        path.write_text(json.dumps(config))
+        assert pretrained.read_model_config(str(path.parent)) == want
+
+
 # Which family a model is exported as.
 
 
@@ -262,6 +274,11 @@ def test_a_model_of_our_own_is_exported_as_the_first_family_of_its_shape(tmp_pat
     model, ids = build(LLAMA), IDS[:, :16] % 64
     got = quick_jit(lambda model: model.logits(model(ids)[0]))(model)
     np.testing.assert_allclose(got, published.outputs(theirs, ids), atol=1e-4)
+
+
+def test_experts_of_our_own_are_exported_as_the_first_family_of_their_shape():
+    assert choose_family(MOE).model_type == "qwen3_moe"
+    assert choose_family(replace(MOE, qk_norm=False)).model_type == "mixtral"
 
 
 def test_a_shape_that_no_family_has_is_refused_by_field():

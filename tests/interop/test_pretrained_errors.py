@@ -99,6 +99,8 @@ def test_a_config_that_is_not_supported_says_what_and_what_would_be(folder, valu
         ("gpt2", "add_cross_attention", True),
         ("bert", "is_decoder", True),
         ("bert", "position_embedding_type", "relative_key"),
+        ("qwen3 moe", "decoder_sparse_step", 2),
+        ("qwen3 moe", "mlp_only_layers", [0]),
         ("gemma 3", "use_bidirectional_attention", True),
         ("gemma 3", "attn_logit_softcapping", 2.0),
         ("roberta", "hidden_act", "relu"),
@@ -145,12 +147,28 @@ def test_a_missing_shard_is_named(tmp_path):
     assert gone.name in complaint(folder)
 
 
+@pytest.mark.parametrize("number", [0, 10**6, "4", None])
+def test_a_number_of_experts_that_no_model_has(number, tmp_path):
+    folder = published.save("mixtral", tmp_path)
+    with_config(folder, num_local_experts=number)
+    assert f"num_local_experts = {number!r}" in complaint(folder)
+
+
+def test_each_tensor_of_an_expert_is_named(tmp_path):
+    folder, name = published.save("mixtral", tmp_path), "model.layers.2.block_sparse_moe.experts.3"
+    with_tensors(folder, lambda tensors: tensors.pop(f"{name}.w2.weight"))
+    assert f"{name}.w2.weight: expected [32, 48], found nothing" in complaint(folder)
+    with_config(folder, num_local_experts=3)
+    assert f"{name}.w1.weight: expected nothing, found [48, 32]" in complaint(folder)
+
+
 STRANGE = [None, True, -1, 0, 1, 7, 1e400, float("nan"), 2**31, 10**30, "", "x", [], {}, [1], ["x"],
            {"rope_type": 3}, {"rope_theta": "x"}, 0.5, [None], [["sliding_attention"]]]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama 3", "qwen2, upper layers windowed", "gemma 3",
-                                  "bert", "roberta", "distilbert"])  # fmt: skip
+                                  "mixtral", "qwen3 moe", "bert", "roberta",
+                                  "distilbert"])  # fmt: skip
 def test_whatever_stands_in_config_json_there_is_a_message_or_a_model(case, tmp_path):
     folder = published.save(case, tmp_path)
     path, rng = folder / "config.json", random.Random(0)

@@ -12,6 +12,7 @@ from tiny_models import (
     GPT2,
     LLAMA,
     LORA,
+    MOE,
     build,
     on_devices,
     packed_batch,
@@ -105,7 +106,9 @@ def test_numbers_that_learn_are_counted():
     assert count(parameters, table) == whole - layer - parameters["embedding"].size
 
 
-@pytest.mark.parametrize("model", [SMALL, LORA, BERT], ids=["tied", "adapters", "bert"])
+@pytest.mark.parametrize(
+    "model", [SMALL, LORA, BERT, MOE], ids=["tied", "adapters", "bert", "experts"]
+)
 def test_what_is_frozen_needs_a_third_less_of_a_products_flops(model):
     parameters = params_lib.split(skeleton_of(model))
     some = {k: float(lora.is_adapter(k) or k.endswith(("scale", "bias"))) for k in parameters}
