@@ -13,7 +13,7 @@ from tiny_models import GEMMA, GPT2, LLAMA
 from lm_jax.config import Config
 from lm_jax.data.tokenizer_base import BytesTokenizer
 from lm_jax.errors import UserError
-from lm_jax.model import lora
+from lm_jax.model import flops, lora
 from lm_jax.model import parameters as params_lib
 from lm_jax.sharding.mesh import batch_sharding, batch_shards, make_mesh
 from lm_jax.training.checkpoint import abstract_parameters
@@ -42,6 +42,9 @@ PUBLISHED = {
     ("llama", "llama3_8b"): (128256, 8_030_261_248),
     ("llama", "llama3_70b"): (128256, 70_553_706_496),
     ("llama", "llama3_405b"): (128256, 405_853_388_800),
+    ("mixtral", "8x7b"): (32000, 46_702_792_704),
+    # The quickstart with as wide feed-forwards twice, and routers.
+    ("mixtral", "tiny"): (2048, 3_738_368 + 4 * (3 * 256 * 704 + 256 * 4)),
 }
 # GPT-3's paper gives two or three digits, and its name for one size (350M) is not one of them.
 NAMED = {
@@ -87,6 +90,12 @@ def test_every_recipe_is_tested_in_every_variant():
 def test_number_of_parameters_is_the_published_one(recipe, variant):
     vocab_size, parameters = PUBLISHED[recipe, variant]
     assert count(configured(recipe, variant, vocab_size)) == parameters
+
+
+def test_the_parameters_that_work_for_a_token_are_the_published_ones():
+    config = configured("mixtral", "8x7b", 32000)
+    active = count(config) - flops.idle_parameters(config.model)
+    assert active == pytest.approx(12.9e9, rel=0.005)  # "13B": Jiang et al. 2024, section 1
 
 
 @pytest.mark.parametrize("recipe, variant", NAMED)
