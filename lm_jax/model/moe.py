@@ -180,22 +180,24 @@ def _on_one_device(
 
     def whole(weight: jax.Array, spec: P) -> jax.Array:
         """Gathered in here, a weight has a gradient that is scattered as it is summed."""
-        weight = own(weight, spec)
+        shape, weight = list(weight.shape), own(weight, spec)
         for axis, entry in enumerate(spec):
             if over := tuple(a for a in _names(entry) if a not in shared):
-                weight = jax.lax.all_gather(weight, over, axis=axis, tiled=True)
+                shape[axis] *= jax.lax.axis_size(over)
+                # By an axis of its own: see `lm_jax.sharding.mesh.scatter`.
+                weight = jax.lax.all_gather(weight, over, axis=axis).reshape(shape)
         return weight
 
     flat = [own(x, tokens) for x in flat]
     if exchange:
-        flat = [jax.lax.all_gather(x, exchange, tiled=True) for x in flat]
+        flat = [jax.lax.all_gather(x, exchange).reshape(-1, x.shape[1]) for x in flat]
     weights = tuple(map(whole, weights, specs[1:]))
     first = jax.lax.axis_index("expert") * weights[0].shape[0] if "expert" in shared else 0
     y_ND = _grouped(config, *flat, weights, first)
     if over := tuple(a for a in shared if a not in exchange):
         y_ND = jax.lax.psum(y_ND, over)
     if exchange:
-        y_ND = jax.lax.psum_scatter(y_ND, exchange, tiled=True)
+        y_ND = jax.lax.psum_scatter(y_ND.reshape(-1, B * T, D), exchange)
     return y_ND.reshape(B, T, D)
 
 

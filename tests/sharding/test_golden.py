@@ -31,6 +31,7 @@ FAMILIES = {
     "llama": tiny_models.LLAMA,  # fewer heads of keys and values than of queries
     "gemma": tiny_models.GEMMA,
     "bert": tiny_models.BERT,
+    "experts": tiny_models.MOE,
     "lora": tiny_models.LORA,  # what is frozen has no moments
 }
 MESHES = {
@@ -38,6 +39,7 @@ MESHES = {
     "fsdp 8": MeshConfig(data=1, fsdp=8),
     "data 2, fsdp 2, tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
     "fsdp 2, sequence 2, tensor 2": MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+    "fsdp 2, expert 2, tensor 2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
 }
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 WRITE = "python tests/sharding/test_golden.py --write"
