@@ -17,6 +17,8 @@ from tiny_models import quick_jit, run_config, shard
 
 from lm_jax.config import Config, LoraConfig, ModelConfig
 from lm_jax.interop.peft import save_adapters
+from lm_jax.model import parameters as params_lib
+from lm_jax.model.transformer import skeleton_of
 from lm_jax.training.masking import Masking
 from lm_jax.training.step import Step, make_step
 
@@ -204,3 +206,35 @@ def test_adapters_learn_as_those_of_peft(tmp_path):
     for name, x in adapters.items():
         assert np.abs(after[name] - before[name]).max() > 0.03, name
         np.testing.assert_allclose(after[name], x, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3 moe"])
+def test_the_balance_loss_is_that_of_transformers(case, tmp_path):
+    """There, of all layers put together; here the mean of what it is of each."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func as theirs
+
+    config, parameters = load(published.save(case, tmp_path))
+    numbers, _ = causal(0)
+    ids, real = numbers["inputs"], numbers["segments"]
+    given = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(real)}
+    with torch.no_grad():
+        out = published.model(case)(**given, output_router_logits=True)
+    moe = config.moe
+    rest = moe.experts, moe.experts_per_token, given["attention_mask"]
+    each = [float(theirs((x,), *rest)) for x in out.router_logits]
+    with jax.set_mesh(parameters["embedding"].sharding.mesh):
+        router = _router(params_lib.bind(skeleton_of(config), parameters), shard(numbers))
+    got = router.balance_loss(router.load_E, float(real.sum()))
+    assert np.ptp(each) > 1e-3 and np.mean(each) > moe.experts_per_token + 1e-3
+    assert float(got) == pytest.approx(np.mean(each), rel=1e-5)
+    # In Transformers' way, from the same sums.
+    joined = (router.load_E.sum(0) * router.probability_E.sum(0)).sum() * moe.experts
+    joined /= (config.layers * real.sum()) ** 2
+    assert float(joined) == pytest.approx(float(theirs(out.router_logits, *rest)), rel=1e-5)
+
+
+@quick_jit
+def _router(model, numbers):
+    return model.forward(
+        numbers["inputs"], positions_BT=numbers["positions"], segments_BT=numbers["segments"]
+    )[2]

@@ -17,6 +17,7 @@ from tiny_models import (
     GPT2,
     LLAMA,
     LORA,
+    MOE,
     T,
     V,
     build,
@@ -404,7 +405,7 @@ SWITCHES = {
 
 def test_each_axis_of_each_parameter_of_each_family_has_its_rules():
     seen = set()
-    for base in (GPT2, LLAMA, BERT, GEMMA, LORA):
+    for base in (GPT2, LLAMA, BERT, GEMMA, LORA, MOE):
         for name, values in SWITCHES.items():
             for value in values:
                 skeleton = skeleton_of(replace(base, **{name: value}))
@@ -428,6 +429,16 @@ def test_matrix_parameters_are_those_of_the_model(config):
     assert flops.matrix_parameters(config) == sum(
         n for name, n in sizes.items() if name.rpartition(".")[2] in matrices
     )
+
+
+def test_matrix_parameters_of_experts_are_those_that_work_for_a_token():
+    sizes = {name: x.size for name, x in parameters.split(skeleton_of(MOE)).items()}
+    experts = sum(sizes[f"blocks.mlp.{name}"] for name in ("up", "gate", "down"))
+    matrices = {"query", "key", "value", "out", "router", "head"}
+    others = sum(n for name, n in sizes.items() if name.rpartition(".")[2] in matrices)
+    assert flops.matrix_parameters(MOE) == others + experts * 2 / 4
+    assert flops.idle_parameters(MOE) == experts * 2 / 4
+    assert flops.idle_parameters(LLAMA) == 0
 
 
 def test_training_flops_are_three_times_those_that_xla_counts_forward():
