@@ -64,7 +64,7 @@ def read_config(family: Family, hf: Json, where: str, names: set[str] | None = N
       UserError: a key is missing, of a wrong type, or asks for a computation that is not supported.
     """
     for other, key in family.aliases.items():
-        if other in hf and hf.get(key, hf[other]) != hf[other]:
+        if other in hf and key in hf and hf[key] != hf[other]:
             raise UserError(f"{where}: {key} = {hf[key]!r}, but {other} = {hf[other]!r}")
         if other in hf:
             hf = hf | {key: hf[other]}
