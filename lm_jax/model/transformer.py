@@ -36,11 +36,11 @@ from lm_jax.sharding.mesh import activation_spec, dividing, names_in, parameter_
 _P = jax.checkpoint_policies
 _HEADS = "query", "key", "value", "attention"  # names given in `lm_jax.model.block` and kernels
 # What the forward pass keeps of each block for the backward pass, from most to least; what it does
-# not keep is computed again. 'none': everything. 'all_dots': the outputs of all products; 'dots':
-# of those without a batch axis, which are the projections (experts' are not among
-# them: their buffers are of the largest size there may be), and of attention. 'heads': queries, keys
-# and values, and what attention makes of them. 'attention': the latter alone. 'full': the block's
-# input alone; 'offload' keeps that in the host's memory.
+# not keep is computed again. 'none': everything. 'all_dots': the outputs of all products, but for
+# experts', whose buffers are of the largest size there may be; 'dots': of those without a batch
+# axis, which are the projections, and of attention. 'heads': queries, keys and values, and what
+# attention makes of them. 'attention': the latter alone. 'full': the block's input alone;
+# 'offload' keeps that in the host's memory.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "all_dots": _P.save_from_both_policies(_P.dots_saveable, _P.save_only_these_names("attention")),
