@@ -127,7 +127,7 @@ def keys_seen(config: Config) -> float:
 def model_flops(config: Config, program: Program) -> float:
     """FLOPs of a step as `train` counts them for its MFU."""
     frozen = trainable.frozen_in_products(
-        params_lib.split(program.step.skeleton), program.step.rates, config.model.tied_head
+        params_lib.split(program.step.skeleton), program.step.rates, config.model
     )
     data = config.data
     a_token = training_flops_per_token(config.model, data.length, data.predictions, frozen)
