@@ -13,6 +13,7 @@ from collections.abc import Callable
 from absl import app, flags
 from ml_collections import config_flags
 
+from lm_jax import rendezvous
 from lm_jax.config import Config, nearest_key, walk
 from lm_jax.errors import UserError
 
@@ -112,7 +113,10 @@ def _comments() -> dict[str, str]:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Runs `main` as `absl.app.run` does; a UserError ends the process with its message."""
+    """Runs `main` as `absl.app.run` does; a UserError ends the process with its message.
+
+    Of a job of several processes, the end of one with an error ends all of them.
+    """
 
     def guarded(argv: list[str]) -> None:
         try:
@@ -123,12 +127,14 @@ def run(main: Callable[[list[str]], None]) -> None:
             _fail(str(e))
         except RuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
-                raise
+                _raise_in_job(e)
             _fail(
                 "out of device memory: for training, raise training.accumulation, set"
                 " model.remat=full, lower data.batch_size or raise mesh.fsdp; else lower"
                 f" --batch_size\n{e}"
             )
+        except Exception as e:
+            _raise_in_job(e)
         except KeyboardInterrupt:
             sys.stdout.flush()
             print("\ninterrupted", file=sys.stderr, flush=True)
@@ -163,7 +169,25 @@ def overridden(flag: flags.FlagHolder) -> set[str]:
 
 def _fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
+    _end_job(message)
     sys.exit(1)
+
+
+def _raise_in_job(error: Exception) -> None:
+    """Raises what is a defect; or, of several processes, what came of another one's end is not."""
+    if rendezvous.current is not None:
+        rendezvous.current.wait_for_the_end()
+        traceback.print_exception(error)
+        _end_job(f"{type(error).__name__}: {error}")
+    raise error
+
+
+def _end_job(message: str) -> None:
+    """Ends this process and the others, if there are any; jax's own end would wait for them."""
+    if rendezvous.current is not None:
+        rendezvous.current.fail(message)
+        sys.stdout.flush()
+        os._exit(1)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -1,31 +1,86 @@
 """What every entry point sets in jax before it does anything else."""
 
+import atexit
 import logging
 import os
+import sys
 
 import jax
 
+from lm_jax import cluster, rendezvous
 
-def configure() -> None:
+_JOIN_SECONDS = 300  # that the processes of a job wait for one another to start
+
+
+def configure(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
     """Joins the other processes of the job, if there are any, and turns on the persistent
     compilation cache, so that a second start compiles nothing.
 
-    A job of several processes is known by JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID, by the variables of Slurm, or by those of a Cloud TPU slice of several hosts.
+    A job of several processes is known by the arguments, by variables or by a TPU VM's metadata:
+    see `cluster.find_job`. They wait for one another as many seconds as LM_JAX_JOIN_SECONDS says.
     The cache lies where JAX_COMPILATION_CACHE_DIR says, or else in the user's cache folder.
+
+    Args:
+      coordinator, processes, process: the flags of these names: HOST:PORT, how many, which.
+
+    Raises:
+      UserError: what is known of the job is contradictory, or a process of it is missing.
     """
-    env = os.environ
-    if address := env.get("JAX_COORDINATOR_ADDRESS"):
-        count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
-        jax.distributed.initialize(address, count, index)
-    elif int(env.get("SLURM_NTASKS", "1")) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()  # finds them by itself
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "lm_jax", "jax"))
     # Orbax and jax report each step of each save and each backend that is not there; what a reader
     # needs, this package says itself.
     for name in ("absl", "jax"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # Of several files that cannot be read, one is reported.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    job = cluster.find_job(os.environ, coordinator, processes, process)
+    _quiet_without_tpu()
+    if job is not None:
+        _join(job)
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "lm_jax", "jax"))
+
+
+def _join(job: cluster.Job) -> None:
+    seconds = float(os.environ.get("LM_JAX_JOIN_SECONDS") or _JOIN_SECONDS)
+    address, bond = rendezvous.meet(job, seconds)
+    rendezvous.current = bond
+    # Its handler would swallow a SIGTERM that comes before the training loop has its own.
+    jax.config.update("jax_enable_preemption_service", False)
+    local, port = job.local_devices, rendezvous.split_address(address)[1]
+    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "[::]:0").rpartition(":")[0]
+    jax.distributed.initialize(
+        address,
+        job.count,
+        job.index,
+        None if local is None else list(local),
+        cluster_detection_method="deactivate",  # it was detected
+        coordinator_bind_address=f"{bind}:{port}",
+    )
+    atexit.register(_leave)  # before jax's own end, which waits for the others
+
+
+def _leave() -> None:
+    """A program that is no command of this package ends; see `cli.run` for those that are."""
+    bond, error = rendezvous.current, getattr(sys, "last_value", None)
+    if bond is None:
+        return
+    if error is None:
+        bond.leave()
+    else:  # printed by now; jax would wait for the others to end
+        bond.fail(f"{type(error).__name__}: {error}")
+        os._exit(1)
+
+
+def _quiet_without_tpu() -> None:
+    """Keeps an installed libtpu from looking for the TPU of a machine that has none, in vain and at
+    length. Nothing is touched where there are a TPU's files or variables."""
+    there = {name for name in os.environ if name.startswith("TPU_")}
+    # jax sets the first one itself, when it is imported, where it finds no chip.
+    if cluster.has_tpu() or there - {"TPU_SKIP_MDS_QUERY"}:
+        return
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+    os.environ["TPU_ACCELERATOR_TYPE"] = "v6e-4"

@@ -63,7 +63,10 @@ ORDER = ["base", "sharding", "model", "data", "interop"]
 ORDER += ["generation", "evaluation", "training", "planning", "entry"]
 BASE = {"lm_jax"} | {
     f"lm_jax.{name}"
-    for name in ("config", "errors", "model_validation", "validation", "cli", "runtime")
+    for name in (
+        *("config", "errors", "model_validation", "validation", "cli", "runtime"),
+        *("cluster", "rendezvous", "paths"),
+    )
 }
 
 

@@ -41,6 +41,10 @@ def train_stream(
 ) -> "Stream":
     """The training batches of this process.
 
+    Args:
+      process_index, process_count: as `lm_jax.sharding.mesh.batch_block` gives them: processes that
+        share rows count as one.
+
     Raises:
       UserError: the sources cannot be read, hold no text, or too little for 'crop'; or
         `process_count` does not divide the lanes.

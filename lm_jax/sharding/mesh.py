@@ -93,14 +93,49 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, _spec(ACTIVATION_RULES, ("batch",), mesh))
 
 
+def batch_block(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Which part of each batch a process reads, and of how many equal ones: (index, count).
+
+    Processes whose devices hold the same rows, because an axis that does not split rows joins their
+    hosts, read the same part. The devices of a process need not be neighbours along the batch axes;
+    the parts are numbered by the first shard of each.
+
+    Args:
+      process: its index; None: this one.
+
+    Raises:
+      UserError: the rows of two processes overlap and are not the same, or differ in number.
+    """
+    axes = [AXES.index(axis) for axis in BATCH_AXES]
+    first = np.moveaxis(mesh.devices, axes, range(len(axes)))
+    shards: dict[int, set[int]] = {}  # of each process
+    for shard, devices in enumerate(first.reshape(batch_shards(mesh), -1)):
+        for device in devices:
+            shards.setdefault(device.process_index, set()).add(shard)
+    parts = sorted({tuple(sorted(found)) for found in shards.values()})
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != batch_shards(mesh):
+        asked = " x ".join(f"mesh.{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
+        raise UserError(
+            f"{asked}: on the {len(shards)} processes of this job, some would share a part of their"
+            " rows with others: let mesh.tensor x mesh.sequence divide the devices of a host, or"
+            " be a multiple of them"
+        )
+    mine = tuple(sorted(shards[jax.process_index() if process is None else process]))
+    return parts.index(mine), len(parts)
+
+
 def to_devices(local, mesh: Mesh):
-    """A dict of this process's rows as global arrays [B, ...]; a lone array as it is everywhere."""
+    """A dict of this process's rows as global arrays [B, ...]; a lone array as it is everywhere.
+
+    Args:
+      local: rows as `batch_block` says: the n-th of them go where this process's n-th shard is.
+    """
     if not isinstance(local, dict):
         return jax.device_put(local, NamedSharding(mesh, P()))
-    sharding, n = batch_sharding(mesh), jax.process_count()
+    sharding, n = batch_sharding(mesh), batch_block(mesh)[1]
 
     def whole(rows: np.ndarray) -> jax.Array:
-        # The whole shape is said, or processes that share rows would each be taken for all of them.
+        # The whole shape is said: jax cannot tell it of processes that share rows.
         shape = (rows.shape[0] * n, *rows.shape[1:])
         return jax.make_array_from_process_local_data(sharding, rows, shape)
 

@@ -31,7 +31,7 @@ from lm_jax.model import parameters as params_lib
 from lm_jax.model.attention import resolve_backend
 from lm_jax.model.flops import idle_parameters, peak_flops, training_flops_per_token
 from lm_jax.model.lora import base_config
-from lm_jax.sharding.mesh import batch_shards, make_mesh, to_devices
+from lm_jax.sharding.mesh import batch_block, batch_shards, make_mesh, to_devices
 from lm_jax.training import trainable, weights
 from lm_jax.training import workdir as workdir_lib
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
@@ -73,7 +73,7 @@ def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> int:
     with (
         jax.set_mesh(mesh),
         train_stream(
-            config.data, tokenizer, seed=config.training.seed, **_this_process()
+            config.data, tokenizer, seed=config.training.seed, **_rows_here(mesh)
         ) as stream,
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
@@ -104,6 +104,7 @@ class _Run:
         self.step: Step = make_step(config, batch_shards(mesh), masking)
         self.train_step = jit_train_step(self.step, mesh)
         self.evaluate_step = jax.jit(self.step.evaluate)
+        self.parts = batch_block(mesh)[1]
         self.byte_lengths = to_devices(byte_lengths(tokenizer, config.model.vocab_size), mesh)
         frozen = trainable.frozen_in_products(
             params_lib.split(self.step.skeleton), self.step.rates, config.model
@@ -226,8 +227,8 @@ class _Run:
             raise
         if local is None or self._all_exhausted():
             return None
-        # Exact for one process; of several, each packs as densely as the others.
-        self.tokens += float(local["weights"].sum()) * jax.process_count()
+        # Exact where this process reads all rows; of several parts, each is packed as densely.
+        self.tokens += float(local["weights"].sum()) * self.parts
         return to_devices(local, self.mesh)
 
     def _all_exhausted(self) -> bool:
@@ -309,7 +310,7 @@ class _Run:
             self.tokenizer,
             batch_size=training.evaluate_batch_size,
             max_batches=training.evaluate_batches,
-            **_this_process(),
+            **_rows_here(self.mesh),
         )
         values = evaluate_loss(
             lambda batch, i: self.evaluate_step(
@@ -365,5 +366,6 @@ def _python() -> str:
     return shlex.quote(sys.executable if path.startswith("..") else path)
 
 
-def _this_process() -> dict[str, int]:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+def _rows_here(mesh: jax.sharding.Mesh) -> dict[str, int]:
+    index, count = batch_block(mesh)
+    return {"process_index": index, "process_count": count}
