@@ -177,7 +177,8 @@ class Bond:
 
     def __init__(self, job: Job, peers: dict[int, _Peer]):
         """Process 0 has all others as peers, each of the others has process 0."""
-        self.job, self.hint, self._peers = job, "", peers
+        self.job, self._peers = job, peers
+        self.saved: int | None = None  # a step that the job can go on from, if it is known
         self._over = threading.Lock()  # taken by whoever ends the process
         self._watcher = threading.Thread(target=self._watch, daemon=True, name="lm_jax-peers")
         self._watcher.start()
@@ -237,7 +238,11 @@ class Bond:
         """Ends this process: jax would wait for the others, or raise where nobody catches it."""
         if not self._over.acquire(blocking=False):  # this process is ending by itself
             time.sleep(2 * _GRACE)
-        advice = self.hint or "restart all processes"
+        advice = "restart all processes"
+        if self.saved is not None:
+            advice += (
+                f": the same command goes on from step {self.saved}, or a later one if it is saved"
+            )
         start = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""
         os.write(2, f"{start}error: {message}; {advice}\n".encode())
         if self.job.index == 0:

@@ -57,10 +57,22 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
 
 def stored_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint by path, parameters and optimizer state."""
+    import orbax.checkpoint as ocp
+
     from lm_jax.training.checkpoint import Checkpoints
 
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever it was saved from
     with Checkpoints(str(workdir)) as checkpoints:
-        got = checkpoints._manager.restore(checkpoints.choose(step))
+        manager, step = checkpoints._manager, checkpoints.choose(step)
+        items = {
+            name: jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), found.tree
+            )
+            for name, found in manager.item_metadata(step).items()
+            if name in ("parameters", "optimizer")
+        }
+        wanted = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        got = manager.restore(step, args=ocp.args.Composite(**wanted))
     leaves, _ = jax.tree.flatten_with_path({k: got[k] for k in ("parameters", "optimizer")})
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 

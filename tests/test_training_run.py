@@ -4,7 +4,6 @@ import json
 import pathlib
 import re
 import signal
-import socket
 import time
 
 import commands
@@ -133,37 +132,6 @@ def test_a_finite_number_of_epochs_ends_the_run(tmp_path, corpus, cache):
     assert f"the data ended after {steps} steps" in err
     with Checkpoints(str(workdir)) as checkpoints:
         assert checkpoints.latest() == steps
-
-
-def test_two_processes_learn_as_one_does(tmp_path, corpus, cache):
-    flags = tiny(corpus, training__steps=6, checkpoint__every=3, mesh__data=4, mesh__fsdp=2)
-    train(*flags, f"--workdir={tmp_path / 'one'}", env=environment(8, cache))
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    processes = [
-        commands.start(
-            "train",
-            *flags,
-            f"--workdir={tmp_path / 'two'}",
-            env=environment(4, cache) | job | {"JAX_PROCESS_ID": str(i)},
-        )
-        for i in range(2)
-    ]
-    for process in processes:
-        out, err = process.communicate(timeout=200)
-        assert process.returncode == 0, out + err
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert sorted(two) == list(range(1, 7))
-    np.testing.assert_allclose(list(two.values()), list(one.values()), atol=1e-5)
-    # Its checkpoint, the places in the data of both, goes on in one process as the other does.
-    flags = tiny(corpus, training__steps=9, mesh__data=4, mesh__fsdp=2)
-    for name in ("one", "two"):
-        train(*flags, f"--workdir={tmp_path / name}", env=environment(8, cache))
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    np.testing.assert_allclose(list(two.values()), list(one.values()), atol=1e-5)
 
 
 def test_a_workdir_is_trained_by_one_command_at_a_time(tmp_path, corpus, cache):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lm_jax import paths
 from lm_jax.errors import UserError
 
 JSONL = (".jsonl", ".ndjson", ".json")
@@ -39,6 +40,8 @@ def find(source: str) -> list[str]:
     """
     if source == "python:":
         return list(_python_files())
+    if paths.remote(source):
+        return [paths.local_copy(path) for path in _in_bucket(source)]
     path = os.path.expanduser(source)
     if os.path.isdir(path):
         known = (*TEXT, *JSONL, *PARQUET)
@@ -61,6 +64,32 @@ def find(source: str) -> list[str]:
             raise UserError(f"data source '{source}': the folder '{folder}' does not exist")
         raise UserError(f"data source '{source}': no file matches; {_inside(folder)}")
     raise UserError(f"data source '{source}': {_missing(path)}")
+
+
+def _in_bucket(source: str) -> list[str]:
+    """As `find`; the files are copied to this disk, where documents can be read one by one."""
+    if paths.isfile(source):
+        return [source]
+    if glob.has_magic(source):
+        if found := paths.glob_remote(source):
+            return found
+        raise UserError(f"data source '{source}': no file matches")
+    names = [
+        name
+        for name in paths.files_below(source)
+        if not any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
+    ]
+    found = [f"{source.rstrip('/')}/{n}" for n in names if suffix(n) in (*TEXT, *JSONL, *PARQUET)]
+    if not found:
+        raise UserError(
+            f"data source '{source}': "
+            + (
+                "no file there has a known extension"
+                if names
+                else "there is no such file or folder"
+            )
+        )
+    return found
 
 
 def _walk(folder: str) -> list[str]:

@@ -302,7 +302,8 @@ def _init_worker(index: int, count: int) -> None:
     del index, count
     import multiprocessing
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
+    for number in (signal.SIGINT, signal.SIGTERM):  # also sent to a whole group of processes
+        signal.signal(number, signal.SIG_IGN)  # the parent ends its workers itself
     if "jax" in sys.modules:  # Grain imports it for its trees; this keeps backends from starting
         sys.modules["jax"].config.update("jax_platforms", "cpu")
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from lm_jax import paths
 from lm_jax.config import TokenizerConfig
 from lm_jax.data import tokenizer_families as families
 from lm_jax.data import tokenizer_published as published
@@ -131,7 +132,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
       UserError: there is none, or it cannot be read.
     """
-    path = Path(path)
+    path = Path(paths.local_copy(str(path)))
     try:
         if path.is_dir():
             return _load_folder(path)

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lm_jax import paths
 from lm_jax.config import CheckpointConfig
 from lm_jax.errors import UserError
 from lm_jax.model import parameters as params_lib
@@ -33,7 +34,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str, config: CheckpointConfig | None = None):
         """Opens them for reading, or for writing as well if `config` is given."""
-        self.folder = os.path.join(os.path.abspath(workdir), "checkpoints")
+        self.folder = os.path.join(paths.absolute(workdir), "checkpoints")
         options = (
             ocp.CheckpointManagerOptions(read_only=True)
             if config is None
@@ -44,8 +45,8 @@ class Checkpoints:
             )
         )
         if config is not None:
-            os.makedirs(self.folder, exist_ok=True)
-        elif not os.path.isdir(self.folder):
+            paths.makedirs(self.folder)
+        elif not paths.isdir(self.folder):
             raise UserError(f"there is no checkpoint in '{workdir}'")
         handlers = {
             "parameters": ocp.StandardCheckpointHandler(),

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lm_jax import paths, rendezvous
 from lm_jax.config import Config
 from lm_jax.data.held_out import validation_batches
 from lm_jax.data.loader import Stream, train_stream
@@ -32,7 +33,7 @@ from lm_jax.model.attention import resolve_backend
 from lm_jax.model.flops import idle_parameters, peak_flops, training_flops_per_token
 from lm_jax.model.lora import base_config
 from lm_jax.sharding.mesh import batch_block, batch_shards, make_mesh, to_devices
-from lm_jax.training import trainable, weights
+from lm_jax.training import together, trainable, weights
 from lm_jax.training import workdir as workdir_lib
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
 from lm_jax.training.masking import make_masking
@@ -59,14 +60,15 @@ def train(config: Config, workdir: str, overridden: Collection[str] = ()) -> int
     """
     config = weights.resolved(config, workdir, overridden)
     mesh = make_mesh(config.mesh)
-    check_batch(config, batch_shards(mesh), jax.process_count())
+    check_batch(config, batch_shards(mesh))
+    together.check_same(config)
     workdir_lib.check(workdir, config)
     with workdir_lib.locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         return _train(config, workdir, mesh)
 
 
 def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> int:
-    tokenizer = workdir_lib.obtain_tokenizer(workdir, config)
+    tokenizer = together.made_once(lambda: workdir_lib.obtain_tokenizer(workdir, config))
     asked, config = config, workdir_lib.with_vocabulary(config, tokenizer)
     # All parameters fit the mesh, and have a rule.
     check_rules(list(abstract_parameters(skeleton_of(config.model), mesh)))
@@ -113,7 +115,7 @@ class _Run:
             config.model, config.data.length, config.data.predictions, frozen
         )
         self.watch, self.saved_at, self.evaluated_at = Stopwatch(), -1, -1
-        self.tracing, self.finite = False, True
+        self.tracing, self.finite, self.traces = False, True, contextlib.ExitStack()
         self.tokens = self.tokens_logged = 0.0  # real targets dispatched, and those of logged steps
         self.start = self.logged_at = 0
         self.waiting: tuple | None = None  # (step, metrics, tokens) to be logged
@@ -132,10 +134,10 @@ class _Run:
         elif start == 0:
             self._sample(state, 0)
         step = self.start = self.logged_at = start
-        with StopSignal() as self.stop, jax.transfer_guard("disallow"):
+        with StopSignal(self.mesh) as self.stop, jax.transfer_guard("disallow"):
             self.watch.lap()
             try:
-                while step < config.steps and not self.stop.agreed():
+                while step < config.steps and not self.stop.noticed():
                     batch = self._next_batch()
                     if batch is None:
                         if not self.stop.number:
@@ -170,10 +172,12 @@ class _Run:
         first, last = self.config.logging.profile_steps or (0, 0)
         wanted = step is not None and first <= step <= last
         if wanted and not self.tracing:
-            jax.profiler.start_trace(os.path.join(self.workdir, "profile"))
+            folder = paths.folder_for_writing(os.path.join(self.workdir, "profile"))
+            jax.profiler.start_trace(self.traces.enter_context(folder))
         elif self.tracing and not wanted:
             jax.block_until_ready(self.newest)
             jax.profiler.stop_trace()
+            self.traces.close()
         self.tracing = wanted
 
     def restore_or_begin(self) -> tuple[TrainState, int]:
@@ -190,6 +194,8 @@ class _Run:
         state, data = self.checkpoints.restore(newest, abstract, self.mesh, given)
         self.stream.set_state(data)
         self.origin = f"goes on from step {newest} of {self.workdir}"
+        if rendezvous.current:
+            rendezvous.current.saved = newest
         return state, newest
 
     def _introduce(self, state: TrainState) -> None:
@@ -264,7 +270,10 @@ class _Run:
         if self.saved_at != step:
             if self.newest is not None:
                 self._check_finite(step, self.newest)
+            self.metrics.flush()
             self.checkpoints.save(step, state, self.stream.get_state())
+            if rendezvous.current and self.saved_at >= 0:  # the one before is finished
+                rendezvous.current.saved = self.saved_at
             self.saved_at = step
 
     def _check_finite(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
@@ -343,8 +352,8 @@ class _Run:
         model = params_lib.bind(self.step.skeleton, state.all_parameters)
         with jax.transfer_guard("allow"):
             text = sample(model, self.tokenizer, training)
-        with open(os.path.join(self.workdir, "samples.txt"), "a", encoding="utf-8") as f:
-            f.write(f"=== step {step} ===\n{text}\n")
+        samples = os.path.join(self.workdir, "samples.txt")
+        paths.append(samples, f"=== step {step} ===\n{text}\n")
         self.metrics.say(f"--- sample at step {step} ---\n{text}\n---")
 
     def _farewell(self, step: int, caught: int) -> str:

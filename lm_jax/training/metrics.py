@@ -8,9 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from lm_jax import paths
 from lm_jax.config import Config
 from lm_jax.errors import UserError
-from lm_jax.training.workdir import write_whole
 
 
 class Metrics:
@@ -27,12 +27,15 @@ class Metrics:
             return
         path = os.path.join(workdir, "metrics.jsonl")
         _drop_after(path, start)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._file = paths.Log(path)
+        self._events = contextlib.ExitStack()
         if config.logging.tensorboard:
             from tensorboardX import SummaryWriter
 
+            # In a bucket, the events are there when the run ends.
+            folder = paths.folder_for_writing(os.path.join(workdir, "tensorboard"))
             self._tensorboard = SummaryWriter(
-                os.path.join(workdir, "tensorboard"), purge_step=start + 1
+                self._events.enter_context(folder), purge_step=start + 1
             )
         if config.logging.wandb:
             self._wandb = _start_wandb(workdir, config)
@@ -52,7 +55,6 @@ class Metrics:
         if not self._active:
             return
         self._file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
-        self._file.flush()
         if self._tensorboard:
             for key, value in values.items():
                 self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
@@ -79,11 +81,16 @@ class Metrics:
         else:
             print(text, file=sys.stderr, flush=True)
 
+    def flush(self) -> None:
+        """Before a checkpoint: what leads to it is logged."""
+        if self._active:
+            self._file.flush()
+
     def close(self) -> None:
         if not self._active:
             return
         self._file.close()
-        for other in (self._bar, self._tensorboard):
+        for other in (self._bar, self._tensorboard, self._events):
             if other is not None:
                 other.close()
         if self._wandb:
@@ -125,17 +132,16 @@ def progress_bar(unit: str) -> Iterator[Callable[[int], None] | None]:
 
 def _drop_after(path: str, step: int) -> None:
     """Removes the lines of steps that will be run again, and a line cut off by a kill."""
-    if not os.path.exists(path):
+    if not paths.exists(path):
         return
     kept = []
-    with open(path, encoding="utf-8") as f:
-        for line in f:
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
-    write_whole(path, "".join(kept))
+    for line in paths.read_text(path).splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    paths.write_whole(path, "".join(kept))
 
 
 def _start_wandb(workdir: str, config: Config):
@@ -149,10 +155,10 @@ def _start_wandb(workdir: str, config: Config):
 
     return wandb.init(
         project=config.logging.wandb,
-        dir=workdir,
-        name=os.path.basename(os.path.abspath(workdir)),
+        dir=None if paths.remote(workdir) else workdir,
+        name=os.path.basename(paths.absolute(workdir)),
         config=dataclasses.asdict(config),
-        id=hashlib.sha256(os.path.abspath(workdir).encode()).hexdigest()[:16],
+        id=hashlib.sha256(paths.absolute(workdir).encode()).hexdigest()[:16],
         resume="allow",  # the same id, so that a resumed run goes on in the same place
     )
 

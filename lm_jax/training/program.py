@@ -38,17 +38,12 @@ def abstract_batch(config: DataConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     return {k: jax.ShapeDtypeStruct(shape, d, sharding=sharding) for k, d in dtypes.items()}
 
 
-def check_batch(config: Config, shards: int, processes: int) -> None:
-    """Checks that a batch divides over `shards` devices and over `processes` hosts.
+def check_batch(config: Config, shards: int) -> None:
+    """Checks that a batch divides over the `shards` parts that the mesh splits it in.
 
     Raises:
       UserError: it does not.
     """
-    if shards % processes:
-        raise UserError(
-            f"mesh: data x fsdp = {shards} do not divide over {processes} processes, and"
-            " each must have rows of its own: raise mesh.data or mesh.fsdp, or lower mesh.tensor"
-        )
     rows = config.data.batch_size // config.training.accumulation
     for key, n in (
         ("data.batch_size / training.accumulation", rows),

@@ -5,16 +5,21 @@ import signal
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 
 class StopSignal:
     """While entered, catches the first signal; a second one ends the process as if uncaught."""
 
-    def __init__(self) -> None:
+    def __init__(self, mesh: Mesh) -> None:
         self.number = 0
         self._before: dict[int, object] = {}
+        self._mesh, self._largest = mesh, jax.jit(jnp.max)
+        self._sent: tuple[int, jax.Array] | None = None  # a number, on each device
+        self._asked: jax.Array | None = None  # the largest of all devices, being computed
 
     def __enter__(self) -> "StopSignal":
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -39,7 +44,24 @@ class StopSignal:
 
     def agreed(self) -> int:
         """The signal that some process has caught, or 0: the same answer on all processes."""
+        return self.number if jax.process_count() == 1 else int(self._ask())
+
+    def noticed(self) -> int:
+        """As `agreed`, but what it was when this was called last: no device is waited for.
+
+        The question is computed between two steps, and read when it is long answered.
+        """
         if jax.process_count() == 1:
             return self.number
+        before, self._asked = self._asked, self._ask()
+        return 0 if before is None else int(before)
+
+    def _ask(self) -> jax.Array:
+        number = self.number
         with jax.transfer_guard("allow"):
-            return int(np.max(multihost_utils.process_allgather(np.array(self.number))))
+            if self._sent is None or self._sent[0] != number:
+                everywhere = NamedSharding(self._mesh, P(self._mesh.axis_names))
+                here = np.full(len(self._mesh.local_devices), number, np.int32)
+                sent = jax.make_array_from_process_local_data(everywhere, here, (self._mesh.size,))
+                self._sent = number, sent
+            return self._largest(self._sent[1])

@@ -15,6 +15,7 @@ from collections.abc import Collection
 import jax
 from jax.sharding import Mesh
 
+from lm_jax import paths
 from lm_jax.config import NOT_OF_THE_WEIGHTS, Config, ModelConfig, TokenizerConfig, walk
 from lm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from lm_jax.errors import UserError
@@ -24,7 +25,7 @@ from lm_jax.model import parameters as params_lib
 from lm_jax.model.parameters import Parameters
 from lm_jax.model.transformer import Transformer, skeleton_of
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
-from lm_jax.training.workdir import read_config, with_vocabulary, write_whole
+from lm_jax.training.workdir import read_config, with_vocabulary
 from lm_jax.validation import validate
 
 _PIN = "base.json"  # in the workdir of a run with adapters: whose they are
@@ -60,17 +61,18 @@ def find(path: str, step: int | None = None) -> Source:
 
 
 def _is_run(path: str) -> bool:
-    if os.path.isdir(os.path.join(path, "checkpoints")):
+    if paths.isdir(os.path.join(path, "checkpoints")):
         return True
     try:
-        with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
-            values = json.load(f)
+        values = json.loads(paths.read_text(os.path.join(path, "config.json")))
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and {"model", "data", "training"} <= values.keys()
 
 
 def _pretrained(path: str) -> str:
+    """The folder of a published model; one in a bucket is copied, as it is read in parts."""
+    path = paths.local_copy(path)
     if not os.path.isdir(path):
         hint = (
             "; nothing is downloaded: fetch it first"
@@ -125,7 +127,7 @@ def resolved(config: Config, workdir: str, overridden: Collection[str] = ()) -> 
     config, path = copy.deepcopy(config), config.init_from
     if not path:
         return validate(config)
-    if os.path.exists(os.path.join(workdir, "config.json")):
+    if paths.exists(os.path.join(workdir, "config.json")):
         before = read_config(workdir)
         model, tokenizer = before.model, before.tokenizer
     else:
@@ -233,17 +235,17 @@ def settings_of(source: Source) -> tuple[Config, Tokenizer]:
 
 def source_of(workdir: str, config: Config) -> Source:
     """What a run starts from: for adapters that are there already, the very same as before."""
-    if os.path.exists(os.path.join(workdir, _PIN)):
+    if paths.exists(os.path.join(workdir, _PIN)):
         return pinned(workdir)
     return find(config.init_from)
 
 
 def pin(workdir: str, source: Source) -> None:
     """Notes in `workdir` which weights its adapters belong to."""
-    path = os.path.abspath(source.path)
+    path = paths.absolute(source.path)
     values = {"path": path, "step": source.step, "fingerprint": fingerprint(source)}
     try:
-        write_whole(os.path.join(workdir, _PIN), json.dumps(values, indent=2) + "\n")
+        paths.write_whole(os.path.join(workdir, _PIN), json.dumps(values, indent=2) + "\n")
     except OSError as e:
         raise UserError(f"--workdir: '{workdir}' cannot be written: {e.strerror}") from None
 
@@ -256,8 +258,7 @@ def pinned(workdir: str) -> Source:
     """
     note = os.path.join(workdir, _PIN)
     try:
-        with open(note, encoding="utf-8") as f:
-            values = json.load(f)
+        values = json.loads(paths.read_text(note))
         source, wanted = Source(str(values["path"]), values["step"]), values["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(
@@ -290,16 +291,16 @@ def fingerprint(source: Source) -> str:
         return pretrained.fingerprint(source.path)
     digest = hashlib.sha256()
     folder = os.path.join(source.path, "checkpoints", str(source.step), "parameters")
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            path = os.path.join(parent, name)
-            size = os.path.getsize(path)
-            digest.update(f"{os.path.relpath(path, folder)} {size}\n".encode())
-            if size <= 65_536:
-                with open(path, "rb") as f:
-                    digest.update(f.read())
-    if os.path.exists(os.path.join(source.path, _PIN)):
-        with open(os.path.join(source.path, _PIN), "rb") as f:
-            digest.update(f.read())
+    # Of each folder its files, then those of its folders.
+    for name in sorted(sizes := paths.files_below(folder), key=_depth_first):
+        digest.update(f"{name} {sizes[name]}\n".encode())
+        if sizes[name] <= 65_536:
+            digest.update(paths.read_bytes(os.path.join(folder, name)))
+    if paths.exists(os.path.join(source.path, _PIN)):
+        digest.update(paths.read_bytes(os.path.join(source.path, _PIN)))
     return digest.hexdigest()
+
+
+def _depth_first(name: str) -> list[tuple[bool, str]]:
+    *folders, last = name.split("/")
+    return [*((True, folder) for folder in folders), (False, last)]

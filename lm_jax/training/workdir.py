@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Iterator
 
 from lm_jax import config as config_lib
+from lm_jax import paths
 from lm_jax.config import Config
 from lm_jax.data.sources import documents
 from lm_jax.data.tokenizer import Tokenizer, load_tokenizer, text_to_learn_from, train_tokenizer
@@ -37,10 +38,9 @@ def read_config(workdir: str) -> Config:
       UserError: there is no run there.
     """
     path = os.path.join(workdir, "config.json")
-    if not os.path.isfile(path):
+    if not paths.isfile(path):
         raise UserError(f"there is no run in '{workdir}': it has no config.json")
-    with open(path, encoding="utf-8") as f:
-        return config_lib.from_json(f.read(), path)
+    return config_lib.from_json(paths.read_text(path), path)
 
 
 def check(workdir: str, config: Config) -> None:
@@ -49,24 +49,24 @@ def check(workdir: str, config: Config) -> None:
     Raises:
       UserError: it holds a run with another config, or cannot be a folder.
     """
-    if os.path.exists(os.path.join(workdir, "config.json")):
+    if paths.exists(os.path.join(workdir, "config.json")):
         changed = config_lib.differences(read_config(workdir), config)
         if changed:
             raise UserError(
                 f"'{workdir}' holds a run of another config; choose another --workdir, or undo:\n  "
                 + "\n  ".join(changed)
             )
-    elif os.path.exists(workdir) and not os.path.isdir(workdir):
+    elif paths.isfile(workdir):
         raise UserError(f"--workdir: '{workdir}' is a file")
-    elif os.path.isdir(workdir):
-        strange = sorted(set(os.listdir(workdir)) - _OWN)
+    elif paths.isdir(workdir):
+        strange = sorted(set(paths.listdir(workdir)) - _OWN)
         if strange:
             raise UserError(
                 f"--workdir: '{workdir}' holds other files ('{strange[0]}'), and no run: name a"
                 " new folder"
             )
     try:
-        os.makedirs(workdir, exist_ok=True)
+        paths.makedirs(workdir)
     except OSError as e:
         raise UserError(f"--workdir: '{workdir}' cannot be made: {e.strerror}") from None
 
@@ -75,11 +75,14 @@ def check(workdir: str, config: Config) -> None:
 def locked(workdir: str) -> Iterator[None]:
     """Keeps other processes of this machine from training in `workdir` at the same time.
 
-    The lock is the open file's, so a process that is killed leaves none behind.
+    The lock is the open file's, so a process that is killed leaves none behind. A bucket has none.
 
     Raises:
       UserError: another process holds it.
     """
+    if paths.remote(workdir):
+        yield
+        return
     with open(os.path.join(workdir, "lock"), "a+", encoding="utf-8") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,30 +109,28 @@ def settle(workdir: str, config: Config, tokenizer: Tokenizer) -> None:
     """
     folder = os.path.join(workdir, "tokenizer")
     try:
-        if not os.path.isdir(folder):
+        if paths.remote(workdir):  # whose config.json, which comes last, says that it is whole
+            if not paths.exists(os.path.join(workdir, "config.json")):
+                with paths.folder_for_writing(folder) as local:
+                    tokenizer.save(local)
+        elif not os.path.isdir(folder):
             shutil.rmtree(folder + ".tmp", ignore_errors=True)
             tokenizer.save(folder + ".tmp")
             os.replace(folder + ".tmp", folder)
-        write_whole(os.path.join(workdir, "config.json"), config_lib.to_json(config))
+        paths.write_whole(os.path.join(workdir, "config.json"), config_lib.to_json(config))
     except OSError as e:
         raise UserError(f"--workdir: '{workdir}' cannot be written: {e.strerror}") from None
-
-
-def write_whole(path: str, text: str) -> None:
-    """Writes a file so that a reader sees all of it or none."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(path + ".tmp", path)
 
 
 def obtain_tokenizer(workdir: str, config: Config) -> Tokenizer:
     """The run's tokenizer: the workdir's, that of `init_from`, the one named, or a new one."""
     folder = os.path.join(workdir, "tokenizer")
-    if os.path.isdir(folder):
+    whole = os.path.join(workdir, "config.json") if paths.remote(workdir) else folder
+    if paths.exists(whole):
         return load_tokenizer(folder)
     if config.init_from:
         folder = os.path.join(config.init_from, "tokenizer")  # a run's
-        return load_tokenizer(folder if os.path.isdir(folder) else config.init_from)
+        return load_tokenizer(folder if paths.isdir(folder) else config.init_from)
     text = text_to_learn_from(config.tokenizer, functools.partial(documents, config.data))
     return train_tokenizer(config.tokenizer, text, mask=config.data.objective == "masked")
 

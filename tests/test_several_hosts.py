@@ -1,0 +1,241 @@
+"""Two processes train together, lose one another, and go on; who is missing is named."""
+
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+
+import commands
+import numpy as np
+import pytest
+from commands import environment, losses, stored_arrays, tiny, train
+
+from lm_jax import rendezvous
+from lm_jax.cluster import Job
+from lm_jax.errors import UserError
+from lm_jax.training.checkpoint import Checkpoints
+
+
+def free_address() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{s.getsockname()[1]}"
+
+
+class Processes:
+    """A run of several processes, on as many devices each; whatever is left of it is killed."""
+
+    def __init__(self, flags: list[str], cache: pathlib.Path, count: int = 2, devices: int = 2):
+        place = [f"--coordinator={free_address()}", f"--processes={count}"]
+        self.all = [
+            commands.start(
+                "train", *flags, *place, f"--process={i}", env=environment(devices, cache)
+            )
+            for i in range(count)
+        ]
+
+    def __enter__(self) -> list[subprocess.Popen]:
+        return self.all
+
+    def __exit__(self, *_) -> None:
+        for process in self.all:
+            process.kill()
+            process.communicate()
+
+
+def together(flags: list[str], cache: pathlib.Path, count: int = 2, devices: int = 2) -> None:
+    with Processes(flags, cache, count, devices) as processes:
+        for process in processes:
+            out, err = process.communicate(timeout=200)
+            assert process.returncode == 0, out + err
+
+
+def wait_for(step: int, workdir: pathlib.Path, processes: list[subprocess.Popen]) -> None:
+    """Until a step is logged."""
+    deadline = time.monotonic() + 200
+    while not (workdir / "metrics.jsonl").exists() or max(losses(workdir), default=0) < step:
+        assert time.monotonic() < deadline
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> pathlib.Path:
+    return commands.write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("compilation_cache")
+
+
+@pytest.fixture(scope="module")
+def flags(corpus):
+    """Flags of a run of 4 devices; each of two processes has rows of its own."""
+
+    def of(workdir: pathlib.Path, **overrides) -> list[str]:
+        settings = {"training__steps": 12, "checkpoint__every": 4, "mesh__data": 2, "mesh__fsdp": 2}
+        settings |= {"tokenizer__kind": "sentencepiece", "tokenizer__vocab_size": 280}
+        return [*tiny(corpus, **settings | overrides), f"--workdir={workdir}"]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def whole(flags, cache, tmp_path_factory) -> pathlib.Path:
+    """The workdir of two processes that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    together(flags(workdir), cache)
+    return workdir
+
+
+def test_two_processes_learn_as_one_does(whole, flags, cache, tmp_path):
+    one = tmp_path / "one"
+    train(*flags(one), env=environment(4, cache))
+    assert sorted(losses(whole)) == list(range(1, 13))
+    np.testing.assert_allclose(list(losses(whole).values()), list(losses(one).values()), atol=1e-5)
+    # What they saved goes on in one process, and in four.
+    four = tmp_path / "four"
+    shutil.copytree(whole, four)
+    train(*flags(one, training__steps=13), env=environment(4, cache))
+    together(flags(four, training__steps=13), cache, count=4, devices=1)
+    after_one, after_four = losses(one), losses(four)
+    assert max(after_one) == max(after_four) == 13
+    assert after_one[13] == pytest.approx(after_four[13], abs=1e-5)
+
+
+def test_a_process_that_stops_or_dies_ends_both_and_both_go_on(whole, flags, cache, tmp_path):
+    workdir = tmp_path / "run"
+    with Processes(flags(workdir), cache) as processes:
+        wait_for(2, workdir, processes)
+        processes[1].send_signal(signal.SIGTERM)
+        for process in processes:
+            _, err = process.communicate(timeout=60)
+            assert process.returncode == 128 + signal.SIGTERM, err
+    with Checkpoints(str(workdir)) as checkpoints:
+        saved = checkpoints.latest()
+    assert saved == max(losses(workdir)) < 12
+
+    with Processes(flags(workdir), cache) as processes:
+        wait_for(saved + 1, workdir, processes)
+        processes[1].kill()
+        _, err = processes[0].communicate(timeout=60)
+        assert processes[0].returncode == 1
+    assert err.count("error: ") == 1 and "Traceback" not in err, err
+    assert "error: process 1 of 2 is gone" in err
+    assert f"the same command goes on from step {saved}" in err
+    assert max(losses(workdir)) < 12
+
+    together(flags(workdir), cache)
+    expected, found = stored_arrays(whole, 12), stored_arrays(workdir, 12)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        np.testing.assert_array_equal(expected[name], found[name], err_msg=name, strict=True)
+    assert losses(workdir) == losses(whole)
+
+
+def test_processes_that_hold_the_same_rows_read_the_same_rows(flags, cache, tmp_path):
+    """The tensor axis joins both: neither has rows of its own."""
+    short = {"training__steps": 3, "mesh__data": 1, "mesh__fsdp": 1, "mesh__tensor": 4}
+    train(*flags(tmp_path / "one", **short), env=environment(4, cache))
+    together(flags(tmp_path / "two", **short), cache)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert sorted(two) == [1, 2, 3]
+    np.testing.assert_allclose(list(two.values()), list(one.values()), atol=1e-5)
+
+
+def test_processes_with_different_settings_do_not_train(flags, cache, tmp_path):
+    same = [*flags(tmp_path / "run"), f"--coordinator={free_address()}", "--processes=2"]
+    processes = [
+        commands.start("train", *same, f"--process={i}", *more, env=environment(4, cache))
+        for i, more in enumerate(([], ["--config.training.seed=1"]))
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 1
+        assert err.count("error: ") == 1 and "process 1" in err and "another config" in err, err
+    assert not (tmp_path / "run").exists()
+
+
+# The meeting itself, without jax.
+
+
+def meet_all(jobs: list[Job], seconds: float = 1.0) -> list[object]:
+    """What each process gets: (address, bond) or the message of its error."""
+    got: list[object] = [None] * len(jobs)
+
+    def meet(i: int) -> None:
+        try:
+            got[i] = rendezvous.meet(jobs[i], seconds)
+        except UserError as e:
+            got[i] = str(e)
+
+    threads = [threading.Thread(target=meet, args=[i]) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return got
+
+
+def test_all_are_told_the_same_place():
+    address = free_address()
+    got = meet_all([Job(address, 3, i, "test") for i in range(3)], seconds=20)
+    assert len({place for place, _ in got}) == 1 and got[0][0] != address
+    for _, bond in got:
+        bond.leave()
+
+
+def test_whoever_is_missing_is_named_to_all_that_came():
+    address = free_address()
+    for message in meet_all([Job(address, 4, i, "Slurm") for i in (0, 2)]):
+        assert "waited 1 s" in message and address in message and "Slurm" in message
+        assert "2 came, and not process 1, 3" in message
+
+
+def test_a_missing_first_process_is_named():
+    address = free_address()
+    (message,) = meet_all([Job(address, 2, 1, "flags")])
+    assert "process 1 of 2" in message and f"process 0 at {address}" in message
+    assert "Connection refused" in message
+
+
+def test_a_stranger_does_not_count():
+    address = free_address()
+
+    def knock() -> None:
+        while True:
+            try:
+                with socket.create_connection(rendezvous.split_address(address), 5) as s:
+                    return s.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            except OSError:
+                time.sleep(0.01)
+
+    knocking = threading.Thread(target=knock)
+    knocking.start()
+    (message,) = meet_all([Job(address, 2, 0, "test")])
+    knocking.join()
+    assert "1 came, and not process 1" in message
+
+
+@pytest.mark.parametrize(
+    "others, said",
+    [
+        ([(3, 1)], "process 1 says that there are 3 processes, and process 0 that there are 2"),
+        ([(2, 0)], "process 0"),  # the port is taken
+    ],
+)
+def test_processes_that_contradict_each_other_are_named(others, said):
+    address = free_address()
+    got = meet_all([Job(address, 2, 0, "a"), *(Job(address, n, i, "b") for n, i in others)])
+    assert any(said in message for message in got)
+
+
+def test_two_processes_of_one_number_are_named():
+    address = free_address()
+    got = meet_all([Job(address, 3, i, "test") for i in (0, 1, 1)], seconds=20)
+    assert any("two processes say that they are process 1" in message for message in got)
