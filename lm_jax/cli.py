@@ -168,6 +168,8 @@ def overridden(flag: flags.FlagHolder) -> set[str]:
 
 
 def _fail(message: str) -> None:
+    if rendezvous.current is not None:
+        rendezvous.current.claim()
     print(f"error: {message}", file=sys.stderr, flush=True)
     _end_job(message)
     sys.exit(1)
@@ -177,6 +179,7 @@ def _raise_in_job(error: Exception) -> None:
     """Raises what is a defect; or, of several processes, what came of another one's end is not."""
     if rendezvous.current is not None:
         rendezvous.current.wait_for_the_end()
+        rendezvous.current.claim()
         traceback.print_exception(error)
         _end_job(f"{type(error).__name__}: {error}")
     raise error

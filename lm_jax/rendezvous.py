@@ -188,10 +188,16 @@ class Bond:
         for peer in self._peers.values():
             peer.send(bye=True)
 
+    def claim(self) -> None:
+        """Before this process says why it ends: of all that went wrong, one thing is said. Where
+        another process's end came first, the watcher is ending this one, and this does not return.
+        """
+        if not self._over.acquire(blocking=False):
+            time.sleep(3 * _GRACE)
+
     def fail(self, message: str) -> None:
-        """Tells the others, which end with this message; the caller ends this process."""
-        if not self._over.acquire(blocking=False):  # they know: the watcher ends this process
-            time.sleep(2 * _GRACE)
+        """Tells the others, which end with this message; the caller, who has made his claim, ends
+        this process."""
         first = message.strip().splitlines()[0] if message.strip() else "unknown"
         me = f"process {self.job.index} of {self.job.count}"
         for peer in self._peers.values():
@@ -237,7 +243,7 @@ class Bond:
     def _end(self, message: str) -> None:
         """Ends this process: jax would wait for the others, or raise where nobody catches it."""
         if not self._over.acquire(blocking=False):  # this process is ending by itself
-            time.sleep(2 * _GRACE)
+            time.sleep(3 * _GRACE)
         advice = "restart all processes"
         if self.saved is not None:
             advice += (

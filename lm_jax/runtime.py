@@ -70,6 +70,7 @@ def _leave() -> None:
     if error is None:
         bond.leave()
     else:  # printed by now; jax would wait for the others to end
+        bond.claim()
         bond.fail(f"{type(error).__name__}: {error}")
         os._exit(1)
 

@@ -172,15 +172,16 @@ def test_a_run_lives_in_a_bucket(bucket, monkeypatch, tmp_path):
     assert list((here / "tensorboard").iterdir())
     assert not (here / "lock").exists()
 
-    other = train(config(steps=4), str(tmp_path / "disk"))
-    assert other == 0
+    assert train(config(steps=4), str(tmp_path / "disk")) == 0
     of_disk = (tmp_path / "disk" / "metrics.jsonl").read_text().splitlines()
-    last = [json.loads(line)["loss"] for line in (of_disk[-1],)]
-    assert records[-1]["loss"] == pytest.approx(last[0], rel=1e-6)
-    assert evaluate_model(run)["loss"] == pytest.approx(last[0], rel=1e-5)
+    loss = json.loads(of_disk[-1])["loss"]
+    assert records[-1]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert evaluate_model(run)["loss"] == pytest.approx(loss, rel=1e-5)
 
     started = config(steps=1)
     started.init_from = run
     assert train(started, str(tmp_path / "started")) == 0
+    with pytest.raises(UserError, match="a workdir lies on a disk"):
+        train(config(steps=1), "memory://run")
     with pytest.raises(UserError, match="holds other files"):
         train(config(steps=1), "gs://bucket/text")

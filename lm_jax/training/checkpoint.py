@@ -34,6 +34,11 @@ class Checkpoints:
 
     def __init__(self, workdir: str, config: CheckpointConfig | None = None):
         """Opens them for reading, or for writing as well if `config` is given."""
+        if paths.remote(workdir) and not workdir.startswith("gs://"):
+            raise UserError(
+                f"'{workdir}': checkpoints lie on a disk or in a bucket of Google's (gs://): copy"
+                " them there, or name another workdir"
+            )
         self.folder = os.path.join(paths.absolute(workdir), "checkpoints")
         options = (
             ocp.CheckpointManagerOptions(read_only=True)

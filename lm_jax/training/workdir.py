@@ -49,6 +49,10 @@ def check(workdir: str, config: Config) -> None:
     Raises:
       UserError: it holds a run with another config, or cannot be a folder.
     """
+    if paths.remote(workdir) and not workdir.startswith("gs://"):
+        raise UserError(
+            f"--workdir: '{workdir}': a workdir lies on a disk or in a bucket of Google's (gs://)"
+        )
     if paths.exists(os.path.join(workdir, "config.json")):
         changed = config_lib.differences(read_config(workdir), config)
         if changed:

@@ -3,8 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from tiny_models import GPT2, LLAMA, on_devices, packed_batch, quick_jit, run_config, shard
@@ -15,6 +17,7 @@ from lm_jax.model import parameters as params_lib
 from lm_jax.sharding.mesh import (
     AXES,
     activation_spec,
+    batch_block,
     batch_shards,
     check_parameters,
     make_mesh,
@@ -163,3 +166,31 @@ def test_a_mesh_splits_the_memory_of_the_state():
         x.size / math.prod(parts[axis] for axis in x.sharding.spec) for x in arrays if x.sharding
     )
     assert here < sum(x.size for x in arrays) / 8 * 1.3
+
+
+def mesh_of(processes: list[int], shape: tuple[int, ...]) -> SimpleNamespace:
+    """What `batch_block` looks at of a mesh whose devices belong to these processes."""
+    devices = np.array([SimpleNamespace(process_index=p) for p in processes], object)
+    sizes = dict(zip(AXES, shape, strict=True))
+    return SimpleNamespace(devices=devices.reshape(shape), shape=sizes, size=len(processes))
+
+
+@pytest.mark.parametrize(
+    "processes, shape, blocks",
+    [
+        ([0] * 4 + [1] * 4, (8, 1, 1, 1, 1), [(0, 2), (1, 2)]),
+        ([0, 1, 0, 1], (2, 2, 1, 1, 1), [(0, 2), (1, 2)]),  # no neighbours along the rows
+        ([1, 1, 0, 0], (2, 1, 2, 1, 1), [(1, 2), (0, 2)]),
+        ([0] * 4 + [1] * 4, (1, 1, 1, 1, 8), [(0, 1), (0, 1)]),  # one row on both hosts
+        ([0, 0, 1, 1, 2, 2, 3, 3], (2, 1, 1, 2, 2), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ([0, 0, 2, 2, 1, 1, 3, 3], (2, 1, 1, 1, 4), [(0, 2), (1, 2), (0, 2), (1, 2)]),
+    ],
+)
+def test_processes_that_hold_the_same_rows_read_the_same_part(processes, shape, blocks):
+    mesh = mesh_of(processes, shape)
+    assert [batch_block(mesh, process) for process in sorted(set(processes))] == blocks
+
+
+def test_rows_that_overlap_in_part_are_refused():
+    with pytest.raises(UserError, match=r"mesh.data 3 x mesh.tensor 2.*2 processes"):
+        batch_block(mesh_of([0, 0, 0, 1, 1, 1], (3, 1, 1, 1, 2)), 0)
