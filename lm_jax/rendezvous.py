@@ -201,7 +201,7 @@ class Bond:
         first = message.strip().splitlines()[0] if message.strip() else "unknown"
         me = f"process {self.job.index} of {self.job.count}"
         for peer in self._peers.values():
-            peer.send(over=f"{me} ended with an error: {first}")
+            peer.send(over=f"{me} failed: {first}")
         self._let_others_go()
 
     def wait_for_the_end(self) -> None:
