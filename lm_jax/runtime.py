@@ -79,8 +79,8 @@ def _quiet_without_tpu() -> None:
     """Keeps an installed libtpu from looking for the TPU of a machine that has none, in vain and at
     length. Nothing is touched where there are a TPU's files or variables."""
     there = {name for name in os.environ if name.startswith("TPU_")}
-    # jax sets the first one itself, when it is imported, where it finds no chip.
-    if cluster.has_tpu() or there - {"TPU_SKIP_MDS_QUERY"}:
+    # jax itself sets these when it is imported: where it finds no chip, and where a libtpu.
+    if cluster.has_tpu() or there - {"TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH"}:
         return
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"

@@ -1,6 +1,9 @@
 """Which processes make up a job: variables and flags, and what is wrong with them."""
 
 import http.server
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -152,3 +155,17 @@ def test_a_tpu_vm_asks_its_metadata_server(monkeypatch):
         answers.clear()
         assert find_job(env) is None
         server.shutdown()
+
+
+@pytest.mark.parametrize("own", [{}, {"TPU_WORKER_ID": "0"}])
+def test_a_machine_without_a_tpu_is_quiet_and_variables_of_a_tpu_are_kept(own):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "JAX_PLATFORMS"))}
+    code = "from lm_jax import runtime; runtime.configure(); import jax, os;"
+    if own:  # as on a TPU VM, whose host libtpu finds by itself
+        code += "assert 'TPU_ACCELERATOR_TYPE' not in os.environ"
+    else:
+        code += "jax.devices()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env | own, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
