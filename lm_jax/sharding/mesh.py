@@ -69,7 +69,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     shape, slices = tuple(sizes.values()), {getattr(d, "slice_index", 0) for d in devices}
     types = (AxisType.Explicit,) * len(AXES)
     if len(slices) == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        return Mesh(_arranged(shape, devices), AXES, axis_types=types)
     if sizes["data"] % len(slices):
         raise UserError(
             f"mesh.data = {sizes['data']} is not a multiple of the {len(slices)} slices: between"
@@ -81,6 +81,14 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         within, across, devices, allow_split_physical_axes=True
     )
     return Mesh(array, AXES, axis_types=types)
+
+
+def _arranged(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Neighbours on the wires as neighbours along the axes, as far as the shapes let them."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:  # an axis would need a part of one of the torus
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def batch_shards(mesh: Mesh) -> int:
