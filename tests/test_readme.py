@@ -33,6 +33,8 @@ case "$1 $2" in
   "-m ruff") exec '{python}' "$@" configs ;;
   "-m pytest") exec '{python}' "$@" tests/test_recipes.py -k not_guessed ;;
   "-m lm_jax.train") exec '{python}' "$@" --config.training.steps=$steps $small $more ;;
+  "-m lm_jax.plan")
+    exec '{python}' "$@" $small --config.training.accumulation=1 --config.model.attention=xla ;;
   "-m lm_jax.generate") exec '{python}' "$@" --max_tokens=4 ;;
   "-m lm_jax.evaluate") exec '{python}' "$@" --max_batches=1 ;;
   "-m lm_jax.tokenize")
@@ -135,6 +137,7 @@ def test_commands_and_code_run(done, checkout):
     assert "8 x cpu (data 2 x fsdp 2 x tensor 2)" in done
     assert len((checkout / "completions.jsonl").read_text().splitlines()) == 2
     assert done.count('"bits_per_byte"') == 3
+    assert "plan for v5e:2x2: 4 devices" in done and "of 15.75: fits" in done
     assert "wrote a qwen3 model" in done and "without a tokenizer" not in done
     assert "starts from the weights of runs/published" in done
     for path in ("merged/model.safetensors", "adapters/adapter_model.safetensors"):

@@ -6,6 +6,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from lm_jax.errors import UserError
+
 
 def prepare() -> None:
     """jax sees the CPU alone; libtpu neither looks for a TPU nor for its host, and says nothing.
@@ -27,10 +29,8 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what C++ writes to the terminal by itself off it; errors are raised as exceptions.
-
-    If the process is about to end by an exception that is no message for the user, what was kept is
-    shown after all.
+    """Keeps what C++ writes to the terminal by itself off it; its errors are raised as exceptions
+    all the same. Where one is, what was kept is shown with it, unless it is of what does not fit.
     """
     sys.stderr.flush()
     terminal = os.dup(2)
@@ -38,6 +38,12 @@ def quiet() -> Iterator[None]:
         os.dup2(kept.fileno(), 2)
         try:
             yield
+        except Exception as e:
+            os.dup2(terminal, 2)
+            if "RESOURCE_EXHAUSTED" not in str(e) and not isinstance(e, UserError):
+                kept.seek(0)
+                os.write(2, kept.read())
+            raise
         finally:
             sys.stderr.flush()
             os.dup2(terminal, 2)

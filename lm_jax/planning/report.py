@@ -188,7 +188,7 @@ def _head(report: Report) -> str:
 
 
 def _gib(n: float) -> str:
-    return f"{n / GIB:.2f}" if n == 0 or n >= GIB / 10 else f"{n / GIB:.2g}"
+    return f"{n / GIB:.2f}" if n == 0 or n >= GIB / 200 else "<0.01"
 
 
 def _memory(report: Report) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from lm_jax.config import Config
+from lm_jax.config import Config, walk
 from lm_jax.errors import UserError
 from lm_jax.model.flops import matrix_parameters, peak_flops, training_flops_per_token
 from lm_jax.planning.chips import GIB
@@ -53,10 +53,9 @@ def search(
     begun, rows = time.monotonic(), []
     order = sorted(_candidates(config, topology), key=lambda c: _cost(config, c, topology))
     for i, changes in enumerate(order):
-        left = minutes * 60 - (time.monotonic() - begun)
-        if left <= 0:
+        if time.monotonic() - begun > minutes * 60:
             break
-        flags = flags_of(changes)
+        flags = flags_of(_differing(config, changes))
         candidate = changed(config, changes)
         try:
             program = compile_step(candidate, make_mesh(candidate.mesh, devices), masking)
@@ -68,8 +67,14 @@ def search(
             e, total = report.estimate, program.memory.total
             rows.append(Row(flags, total, e.fast, e.slow, e.mfu))
             said = f"{e.mfu[0]:.0%} to {e.mfu[1]:.0%} MFU, {total / GIB:.2f} GiB"
-        say(f"[{i + 1}/{len(order)}, {left / 60:.0f} min left] {' '.join(flags)}: {said}")
+        left = max(0.0, minutes - (time.monotonic() - begun) / 60)
+        say(f"[{i + 1}/{len(order)}, {left:.1f} min left] {' '.join(flags)}: {said}")
     return sorted(rows, key=lambda r: -math.sqrt(r.mfu[0] * r.mfu[1]))
+
+
+def _differing(config: Config, changes: Changes) -> Changes:
+    now = {key: value for key, value, _ in walk(config)}
+    return {key: value for key, value in changes.items() if now[key] != value}
 
 
 def _candidates(config: Config, topology: Topology) -> Iterator[Changes]:
@@ -111,8 +116,6 @@ def _cost(config: Config, changes: Changes, topology: Topology) -> float:
 
     held = 16 * size / (fsdp * tensor)  # parameters, two moments and a gradient, of 4 bytes
     kept = 2 * a_device * model.layers * model.width * (2 + (widths - 2) / tensor)
-    if not config.model.causal or chip.flops_per_cycle is None:
-        kept += 0
     memory = held + kept + 8 * size / (model.layers * tensor)
 
     peak = peak_flops(chip.kind)

@@ -1,6 +1,7 @@
 """A step compiled for the CPU devices that are there, against what is known about it."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from tiny_models import BERT, LLAMA, on_devices, run_config
 from lm_jax.errors import UserError
 from lm_jax.model import parameters as params_lib
 from lm_jax.planning import program as program_lib
+from lm_jax.planning import search as search_lib
 from lm_jax.planning.chips import CHIPS
 from lm_jax.planning.collectives import axes_of, collectives
 from lm_jax.planning.estimate import estimate, model_flops
@@ -192,3 +194,41 @@ allocation 2: size 9000, color 1, page 0, preallocated-temp:
     )
     got = [(b.bytes, b.shape, b.count, b.origin) for b in program_lib._buffers(assignment, text)]
     assert got == [(4000, "f32[1000]", 2, "while/dot"), (80, "f32[20]", 1, "small")]
+
+
+def test_a_search_ranks_what_fits(monkeypatch):
+    lines = []
+    monkeypatch.setattr(search_lib, "_candidates", lambda *_: iter(CANDIDATES))
+    devices = list(on_devices((8, 1, 1)).devices.flat)
+    rows = search_lib.search(STEP, topology(), devices, None, minutes=5, say=lines.append)
+    assert len(rows) == len(lines) == 2
+    assert rows[0].mfu[0] * rows[0].mfu[1] >= rows[1].mfu[0] * rows[1].mfu[1]
+    assert {" ".join(row.flags) for row in rows} == {
+        "--config.mesh.data=8",
+        "--config.mesh.data=4 --config.mesh.fsdp=2",
+    }
+
+
+CANDIDATES = [
+    {
+        "mesh.data": data,
+        "mesh.fsdp": fsdp,
+        "mesh.tensor": 1,
+        "mesh.sequence": 1,
+        "model.remat": "none",
+        "training.accumulation": 1,
+    }
+    for data, fsdp in ((8, 1), (4, 2), (3, 2))  # the last cannot be
+]
+
+
+def test_candidates_of_a_search_divide_the_devices_and_the_batch():
+    config, seen = run_config(LLAMA, rows=32), set()
+    for changes in search_lib._candidates(config, topology()):
+        axes = [changes[f"mesh.{a}"] for a in ("data", "fsdp", "tensor", "sequence")]
+        assert math.prod(axes) == 8
+        assert 32 % (changes["training.accumulation"] * axes[0] * axes[1]) == 0
+        seen.add(tuple(changes.values()))
+    assert len({s[4] for s in seen}) == 4 and len({s[2] for s in seen}) > 1
+    costs = [search_lib._cost(config, c, topology()) for c in CANDIDATES[:2]]
+    assert all(0 < c < 1 for c in costs)
