@@ -41,10 +41,11 @@ class Memory:
     inputs: int  # the batch, and what layouts add to all of the arguments
     temporaries: int
     outputs: int  # that take no argument's place
+    host: int = 0  # in the memory of the host: none of the total
 
     @property
     def total(self) -> int:
-        return sum(dataclasses.astuple(self))
+        return sum(dataclasses.astuple(self)) - self.host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,7 @@ def _memory(state, batch, analysis) -> Memory:
         max(0, analysis.argument_size_in_bytes - parameters - optimizer),
         analysis.temp_size_in_bytes,
         max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
+        analysis.host_temp_size_in_bytes,
     )
 
 

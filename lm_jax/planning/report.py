@@ -203,6 +203,8 @@ def _memory(report: Report) -> str:
             ("outputs", "outputs"),
         ):
             lines.append(f"  {_gib(getattr(memory, name)):>8}  {label}")
+        if memory.host:
+            lines.append(f"  {_gib(memory.host):>8}  and this in the memory of the host")
         verdict = "fits" if report.fits else "DOES NOT FIT"
         lines.append(f"  {_gib(memory.total):>8}  of {report.topology.chip.hbm_gib}: {verdict}")
     else:

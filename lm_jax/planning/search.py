@@ -22,7 +22,13 @@ from lm_jax.training.masking import Masking
 
 # A rough model, for the order alone: what is computed again, as a share of the FLOPs, and the
 # activations that a layer keeps, in widths of bfloat16 numbers a token.
-_REMAT = {"none": (0.0, 34), "all_dots": (0.05, 20), "dots": (0.1, 16), "full": (0.33, 2)}
+_REMAT = {
+    "none": (0.0, 34),
+    "dots": (0.1, 16),
+    "heads": (0.25, 5),
+    "attention": (0.28, 3),
+    "full": (0.33, 2),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,7 +74,7 @@ def _candidates(report: Report, devices: list[jax.Device]) -> Iterator[Changes]:
     config, n, slices = report.config, len(devices), report.topology.slices
     mesh, shards = dict(report.program.mesh.shape), batch_shards(report.program.mesh)
     changes: Changes = {}
-    if config.model.remat != "full":
+    if config.model.remat not in ("full", "offload"):
         changes["model.remat"] = "full"
         yield dict(changes)
     if mesh["data"] > slices and _state(report) * (1 - slices / mesh["data"]) > report.hbm / 20:
@@ -98,6 +98,8 @@ def _candidates(report: Report, devices: list[jax.Device]) -> Iterator[Changes]:
                 split = {f"mesh.{axis}": size, "mesh.data": slices, "mesh.fsdp": -1}
                 split["training.accumulation"] = min(most * size, config.data.batch_size)
                 yield changes | split
+    if config.model.remat != "offload" and report.topology.chip.flops_per_cycle:
+        yield changes | {"model.remat": "offload"}
     rows = most // 2 * shards
     while rows >= shards:
         yield changes | {"data.batch_size": rows, "training.accumulation": rows // shards}

@@ -229,6 +229,6 @@ def test_candidates_of_a_search_divide_the_devices_and_the_batch():
         assert math.prod(axes) == 8
         assert 32 % (changes["training.accumulation"] * axes[0] * axes[1]) == 0
         seen.add(tuple(changes.values()))
-    assert len({s[4] for s in seen}) == 4 and len({s[2] for s in seen}) > 1
+    assert len({s[4] for s in seen}) == 5 and len({s[2] for s in seen}) > 1
     costs = [search_lib._cost(config, c, topology()) for c in CANDIDATES[:2]]
     assert all(0 < c < 1 for c in costs)
