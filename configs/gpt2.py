@@ -50,7 +50,7 @@ def get_config(variant: str = "124m") -> Config:
             tied_head=True,
             init_std=0.02,
             dropout=0.0,  # [nano]
-            remat="none" if variant == "124m" else "full",  # memory only
+            remat="dots" if variant == "124m" else "full",  # memory only
         ),
         tokenizer=TokenizerConfig(
             kind="sentencepiece",
