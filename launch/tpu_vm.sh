@@ -241,7 +241,7 @@ install() {
   [ "$code" -ne 0 ] || run gcloud compute tpus "$tpu" scp "$archive" "$name:lm_jax.tgz" \
     "${every[@]}" "${place[@]}" || code=$?
   [ "$code" -eq 0 ] || return "$code"
-  on_hosts 'rm -rf lm_jax && mkdir lm_jax && tar -xzf lm_jax.tgz -C lm_jax && rm lm_jax.tgz && LM_JAX_EXTRAS=tpu bash lm_jax/launch/worker.sh install'
+  on_hosts 'rm -rf lm_jax && mkdir lm_jax && tar -xzf lm_jax.tgz -C lm_jax && rm lm_jax.tgz && LM_JAX_EXTRAS=tpu,gcs bash lm_jax/launch/worker.sh install'
 }
 
 start() {

@@ -50,7 +50,7 @@ _install() {
     "$HOME/.local/bin/uv" python install --quiet 3.12
     PYTHON=$(UV_PYTHON_PREFERENCE=only-managed "$HOME/.local/bin/uv" python find 3.12)
   fi
-  export LM_JAX_EXTRAS=${LM_JAX_EXTRAS:-tpu}
+  export LM_JAX_EXTRAS=${LM_JAX_EXTRAS:-tpu,gcs}
   make_environment ''
 }
 

@@ -28,7 +28,7 @@ def free_address() -> str:
 class Processes:
     """A run of several processes, on as many devices each; whatever is left of it is killed."""
 
-    def __init__(self, flags: list[str], cache: pathlib.Path, count: int = 2, devices: int = 2):
+    def __init__(self, flags: list[str], cache: pathlib.Path, count: int = 2, devices: int = 4):
         place = [f"--coordinator={free_address()}", f"--processes={count}"]
         self.all = [
             commands.start(
@@ -46,7 +46,7 @@ class Processes:
             process.communicate()
 
 
-def together(flags: list[str], cache: pathlib.Path, count: int = 2, devices: int = 2) -> None:
+def together(flags: list[str], cache: pathlib.Path, count: int = 2, devices: int = 4) -> None:
     with Processes(flags, cache, count, devices) as processes:
         for process in processes:
             out, err = process.communicate(timeout=200)
@@ -75,10 +75,10 @@ def cache(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def flags(corpus):
-    """Flags of a run of 4 devices; each of two processes has rows of its own."""
+    """Flags of a run of 8 devices; each of two processes has rows of its own."""
 
     def of(workdir: pathlib.Path, **overrides) -> list[str]:
-        settings = {"training__steps": 12, "checkpoint__every": 4, "mesh__data": 2, "mesh__fsdp": 2}
+        settings = {"training__steps": 12, "checkpoint__every": 4, "mesh__data": 4, "mesh__fsdp": 2}
         settings |= {"tokenizer__kind": "sentencepiece", "tokenizer__vocab_size": 280}
         return [*tiny(corpus, **settings | overrides), f"--workdir={workdir}"]
 
@@ -95,7 +95,7 @@ def whole(flags, cache, tmp_path_factory) -> pathlib.Path:
 
 def test_two_processes_learn_as_one_does(whole, flags, cache, tmp_path):
     one = tmp_path / "one"
-    train(*flags(one), env=environment(4, cache))
+    train(*flags(one), env=environment(8, cache))
     assert sorted(losses(whole)) == list(range(1, 13))
     np.testing.assert_allclose(list(losses(whole).values()), list(losses(one).values()), atol=1e-5)
     # What they saved on their way goes on in one process, and in four.
@@ -104,9 +104,9 @@ def test_two_processes_learn_as_one_does(whole, flags, cache, tmp_path):
         shutil.copytree(whole, copy)
         shutil.rmtree(copy / "checkpoints" / "12")
         if count == 1:
-            train(*flags(copy), env=environment(4, cache))
+            train(*flags(copy), env=environment(8, cache))
         else:
-            together(flags(copy), cache, count, devices=1)
+            together(flags(copy), cache, count, devices=2)
         for step, loss in losses(whole).items():
             assert losses(copy)[step] == pytest.approx(loss, abs=1e-5)
 
@@ -145,7 +145,7 @@ def test_processes_that_hold_the_same_rows_read_the_same_rows(flags, cache, tmp_
     """The tensor axis joins both: neither has rows of its own."""
     short = {"training__steps": 3, "mesh__data": 1, "mesh__fsdp": 1, "mesh__tensor": 4}
     train(*flags(tmp_path / "one", **short), env=environment(4, cache))
-    together(flags(tmp_path / "two", **short), cache)
+    together(flags(tmp_path / "two", **short), cache, devices=2)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert sorted(two) == [1, 2, 3]
     np.testing.assert_allclose(list(two.values()), list(one.values()), atol=1e-5)
@@ -154,7 +154,7 @@ def test_processes_that_hold_the_same_rows_read_the_same_rows(flags, cache, tmp_
 def test_processes_with_different_settings_do_not_train(flags, cache, tmp_path):
     same = [*flags(tmp_path / "run"), f"--coordinator={free_address()}", "--processes=2"]
     processes = [
-        commands.start("train", *same, f"--process={i}", *more, env=environment(2, cache))
+        commands.start("train", *same, f"--process={i}", *more, env=environment(4, cache))
         for i, more in enumerate(([], ["--config.training.seed=1"]))
     ]
     for process in processes:

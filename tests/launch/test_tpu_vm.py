@@ -26,7 +26,7 @@ def test_makes_the_tpu_and_trains_with_arguments_as_they_are_given(cloud):
     assert code == 0, err
     assert out.splitlines() == ["step 1", "done"]
     assert cloud.trained() == [[*RUN, *ODD]]
-    assert "[tpu]" in (cloud.folder / "pip.log").read_text()
+    assert "[tpu,gcs]" in (cloud.folder / "pip.log").read_text()
     for ssh in cloud.calls("ssh"):  # or a host that is gone would be waited for
         assert "--ssh-flag=-oServerAliveInterval=30" in ssh
     (create,) = cloud.calls("create")
@@ -289,4 +289,4 @@ def test_a_host_with_an_old_python_gets_a_newer_one(cloud, tmp_path):
     code, _, err = cloud.run("worker.sh", "install", PATH=path, HOME=f"{tmp_path}/home", PYTHON="")
     assert code == 0, err
     assert (tmp_path / "lm_jax-venv" / "bin" / "python").exists()
-    assert "[tpu]" in (tmp_path / "pip.log").read_text()
+    assert "[tpu,gcs]" in (tmp_path / "pip.log").read_text()
