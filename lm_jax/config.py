@@ -165,7 +165,9 @@ class DataConfig:
     mask_whole_words: bool = False  # masked: all tokens of a word or none
     shuffle: bool = True
     epochs: int | None = None  # None: as many as the steps need
-    lanes: int | None = None  # independent streams; None: the largest divisor of batch_size to 16
+    # Independent streams, which processes share out. None: the largest divisor of batch_size up to
+    # 16, or to a quarter of it if that is more.
+    lanes: int | None = None
     workers: int = resumable(0)  # processes that read ahead; 0 reads in a thread
 
     @property

@@ -28,7 +28,9 @@ def _mistakes(config: Config) -> list[str]:
 def _derive(config: Config) -> None:
     data, training = config.data, config.training
     if data.lanes is None and data.batch_size > 0:
-        data.lanes = max(n for n in range(1, 17) if data.batch_size % n == 0)
+        # Hosts share them out: a large batch is one for many hosts.
+        most = max(16, data.batch_size // 4)
+        data.lanes = max(n for n in range(1, most + 1) if data.batch_size % n == 0)
     if training.evaluate_batch_size is None:
         training.evaluate_batch_size = data.batch_size // max(1, training.accumulation)
 

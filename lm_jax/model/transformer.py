@@ -31,7 +31,14 @@ from lm_jax.model.moe import RouterSums
 from lm_jax.model.parameters import constant, normal, use
 from lm_jax.model.projection import project
 from lm_jax.model.rope import rope_tables
-from lm_jax.sharding.mesh import activation_spec, dividing, names_in, parameter_spec, reshard
+from lm_jax.sharding.mesh import (
+    activation_spec,
+    axis_size,
+    dividing,
+    names_in,
+    parameter_spec,
+    reshard,
+)
 
 _P = jax.checkpoint_policies
 _HEADS = "query", "key", "value", "attention"  # names given in `lm_jax.model.block` and kernels
@@ -57,6 +64,10 @@ REMAT_POLICIES: dict[str, Callable | None] = {
         offload_dst="pinned_host",
     ),
 }
+
+
+# Columns of the embedding that a device looks up, at least: half of a TPU's 128 lanes.
+_NARROWEST = 64
 
 
 class Transformer(nnx.Module):
@@ -177,7 +188,7 @@ class Transformer(nnx.Module):
             found = use(table, "float32").at[ids_BT].get(out_sharding=here)
             return reshard(found.astype(c.dtype), between)
 
-        x_BTD = reshard(self._embed(tokens_BT).astype(c.dtype), between)
+        x_BTD = reshard(self._embed(tokens_BT, length).astype(c.dtype), between)
         if c.embedding_scale:
             x_BTD = x_BTD * jnp.asarray(c.width**0.5, x_BTD.dtype)
         if self.position_embedding is not None:
@@ -199,19 +210,27 @@ class Transformer(nnx.Module):
             x_BTD = self.norm(x_BTD)
         return x_BTD, cache, router
 
-    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+    def _embed(self, tokens_BT: jax.Array, length: str | None) -> jax.Array:
         """float32 [B, T, D], split along D as the table is.
 
         Each device looks up its part of the width for the rows of all devices that share the width
-        out. To move what was found is less than to gather the table.
+        out. To move what was found is less than to gather the table; but of parts so narrow that
+        they would fill a small part of a TPU's vectors only, some are gathered.
         """
-        table = parameter_spec("vocab", "embed")
-        spec = None
-        if table is not None:
-            rows = (n for n in names_in(activation_spec("batch")) if n not in names_in(table))
-            spec = P(tuple(rows) or None, None, table[1])
-            tokens_BT = reshard(tokens_BT, P(*spec[:2]))
-        return self.embedding.get_value().at[tokens_BT].get(out_sharding=spec)
+        table_VD = self.embedding.get_value()
+        held = parameter_spec("vocab", "embed")
+        if held is None:
+            return table_VD[tokens_BT]
+        width = names_in(P(held[1]))
+        while width and table_VD.shape[1] // axis_size(*width) < _NARROWEST:
+            width = width[:-1]
+        table_VD = reshard(table_VD, P(held[0], width or None))
+        rows = P(*(
+            tuple(name for name in names_in(P(part)) if name not in width) or None
+            for part in activation_spec("batch", length)
+        ))  # fmt: skip
+        found = P(*rows, width or None)
+        return table_VD.at[reshard(tokens_BT, rows)].get(out_sharding=found)
 
     def _run_blocks(self, x_BTD, context, cache, keys):
         c = self.config

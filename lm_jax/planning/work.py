@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,4 +95,7 @@ def _kernel(equation: Any) -> float:
 
 
 def traced_work(traced: jax.stages.Traced) -> Work:
-    return work_of(traced.jaxpr.jaxpr)
+    """Of what is computed: of a block that is computed again, not what was kept of it."""
+    jaxpr = traced.jaxpr.jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return work_of(used)

@@ -174,6 +174,11 @@ def shards(axis: str | None) -> int:
     return 1 if mesh.empty or axis is None else _size(mesh, ACTIVATION_RULES[axis])
 
 
+def axis_size(*names: str) -> int:
+    """Devices along these mesh axes together."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
+
+
 def dividing(axis: str, size: int) -> str | None:
     """`axis` if the mesh divides an array axis of this size, else None, which leaves it whole."""
     return None if size % shards(axis) else axis

@@ -22,6 +22,7 @@ from tiny_models import (
 
 from lm_jax.config import Config
 from lm_jax.model import parameters as params_lib
+from lm_jax.model import transformer
 from lm_jax.training.step import Step, make_step
 
 # Spread as in a real run: at the spread that makes other tests sensitive, rounding errors grow by
@@ -67,6 +68,14 @@ def test_eight_devices_learn_as_one_does(axes):
     got, _ = losses(config, axes, 20)
     assert want[0] - want[-1] > 0.2  # it learns
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("narrowest", [1, 1000])
+def test_tokens_are_looked_up_alike_in_a_split_and_in_a_gathered_table(narrowest, monkeypatch):
+    monkeypatch.setattr(transformer, "_NARROWEST", narrowest)
+    config = run_config(SMALL, optimizer=FAST, training={"steps": 20})
+    got, _ = losses(config, (1, 2, 1, 2, 2), 4)
+    np.testing.assert_allclose(got, on_one_device("adamw", 20)[:4], atol=1e-4)
 
 
 def test_eight_devices_learn_as_one_does_with_muon():
