@@ -48,7 +48,7 @@ def _value_and_gradient(x, head, targets, weights, chunks):
         return sums.nll + 0.3 * sums.z, sums
 
     (_, sums), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(x, head)
-    return sums, gradients
+    return sums[:4], gradients
 
 
 def value_and_gradient(x, head, targets, weights, chunk: int = T):
