@@ -1,7 +1,9 @@
 """The benchmarks run, at a size that says nothing about speed or memory."""
 
+import importlib.util
 import json
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -39,3 +41,57 @@ def test_pretrained_memory(tmp_path):
             phase["beyond"] / max(1.5 * phase["shard"], phase["tensors"]), abs=1e-3
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_plans_are_shown_as_a_table_and_not_compiled_again(tmp_path):
+    spec = importlib.util.spec_from_file_location("plans", FOLDER / "plans.py")
+    plans = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plans)
+    (model, *what), (_, *other) = [row for row in plans.ROWS if row[0] == "GPT-2 124M"]
+    plan = {
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 1},
+        "batch_size": 480,
+        "length": 1024,
+        "accumulation": 5,
+        "compile_seconds": 19.2,
+        "fits": True,
+        "hbm_bytes": 16 * 2**30,
+        "memory_bytes": {"total": 8 * 2**30},
+        "collectives": [{"a_step": 7, "asynchronous": 3}, {"a_step": 5, "asynchronous": 0}],
+        "estimate": {
+            "fast": 1.5,
+            "slow": 2.0,
+            "mfu": [0.24, 0.3],
+            "computing": 1.25,
+            "peak": 8.0,
+            "model_flops": 4.0,
+        },
+    }
+    commands_ = ["python " + shlex.join(plans.command(*row)) for row in (what, other)]
+    lines = [
+        json.dumps(plan | {"command": commands_[0]}),
+        json.dumps(plan | {"command": commands_[1], "fits": False}),
+    ]
+    stored = tmp_path / "plans.jsonl"
+    stored.write_text("\n".join(lines) + "\n")
+    done = subprocess.run(
+        [sys.executable, FOLDER / "plans.py", f"--only={model}", f"--output={stored}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    _, _, fits, not_ = done.stdout.splitlines()
+    cells = [cell.strip() for cell in fits.strip("|").split("|")]
+    assert cells == [
+        "GPT-2 124M",
+        what[1],
+        "data 2, fsdp 2; 480 x 1024 in 5",
+        "8.0 of 16.0",
+        "3 of 12",
+        "1.50 to 2.00",
+        "24% to 30%",
+        "40%",
+        "19 s",
+    ]
+    assert "does not fit" in not_
+    assert stored.read_text().splitlines() == lines
