@@ -24,7 +24,8 @@ from lm_jax.model.projection import Lora, project
 from lm_jax.model.ring import ring_attention
 from lm_jax.model.rope import apply_rope
 from lm_jax.model.splash import splash_attention
-from lm_jax.sharding.mesh import activation_spec, gather, names_in, reshard
+from lm_jax.sharding.gather import gather
+from lm_jax.sharding.mesh import activation_spec, names_in, reshard
 
 # Attention that works on blocks of a row and makes its masks itself.
 BLOCKWISE: dict[str, Callable[..., jax.Array]] = {

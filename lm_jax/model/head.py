@@ -8,15 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lm_jax.sharding.mesh import (
-    activation_spec,
-    dividing,
-    gather,
-    gradient_spec,
-    names_in,
-    reshard,
-    shards,
-)
+from lm_jax.sharding.gather import gather, gradient_spec
+from lm_jax.sharding.mesh import activation_spec, dividing, names_in, reshard, shards
 
 
 @jax.tree_util.register_dataclass

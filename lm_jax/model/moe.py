@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from lm_jax.config import ModelConfig
 from lm_jax.model.activations import ACTIVATIONS
 from lm_jax.model.parameters import normal, use
-from lm_jax.sharding.mesh import activation_spec, parameter_spec, reshard
+from lm_jax.sharding.mesh import activation_spec, names_in, parameter_spec, reshard
 
 
 class RouterSums(NamedTuple):
@@ -139,15 +139,11 @@ class Experts(nnx.Module):
         return apply(x_BTD, chosen_BTK, gates_BTK, *map(reshard, values, specs))
 
 
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
 def _split_as_rows(spec: P, tokens: P) -> P:
     """A weight's sharding, but for mesh axes along which neither tokens nor experts are split: what
     such devices do is the same, and takes whole weights (rows too short for `mesh.sequence`)."""
-    used = {*_names(tokens[0]), *_names(tokens[1]), "expert", "tensor"}
-    return P(*(tuple(a for a in _names(entry) if a in used) or None for entry in spec))
+    used = {*names_in(tokens[0]), *names_in(tokens[1]), "expert", "tensor"}
+    return P(*(tuple(a for a in names_in(entry) if a in used) or None for entry in spec))
 
 
 def _on_one_device(
@@ -169,22 +165,22 @@ def _on_one_device(
         return _grouped(config, *flat, weights, 0).reshape(B, T, D)
     mesh, tokens = jax.sharding.get_abstract_mesh(), specs[0]
     shared = tuple(a for a in ("expert", "tensor") if mesh.shape[a] > 1)
-    split = _names(tokens[0]) + _names(tokens[1])
+    split = names_in(tokens[0]) + names_in(tokens[1])
     exchange = tuple(a for a in shared if a in split)
     different = dict.fromkeys(split + shared)  # along these devices do different things
 
     def own(x: jax.Array, spec: P) -> jax.Array:
         """`x` as each device's own, so that its gradient is summed over all that have the same."""
-        there = {name for entry in spec for name in _names(entry)}
+        there = {name for entry in spec for name in names_in(entry)}
         return jax.lax.pcast(x, tuple(a for a in different if a not in there), to="varying")
 
     def whole(weight: jax.Array, spec: P) -> jax.Array:
         """Gathered in here, a weight has a gradient that is scattered as it is summed."""
         shape, weight = list(weight.shape), own(weight, spec)
         for axis, entry in enumerate(spec):
-            if over := tuple(a for a in _names(entry) if a not in shared):
+            if over := tuple(a for a in names_in(entry) if a not in shared):
                 shape[axis] *= jax.lax.axis_size(over)
-                # By an axis of its own: see `lm_jax.sharding.mesh.scatter`.
+                # By an axis of its own: see `lm_jax.sharding.gather`.
                 weight = jax.lax.all_gather(weight, over, axis=axis).reshape(shape)
         return weight
 

@@ -9,14 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from lm_jax.config import LoraConfig
 from lm_jax.model.parameters import constant, normal, use
-from lm_jax.sharding.mesh import (
-    activation_spec,
-    gather,
-    names_in,
-    parameter_spec,
-    scatter,
-    shards,
-)
+from lm_jax.sharding.gather import gather, scatter
+from lm_jax.sharding.mesh import activation_spec, names_in, parameter_spec, shards
 
 
 class Lora(nnx.Module):

@@ -221,12 +221,12 @@ class Transformer(nnx.Module):
         held = parameter_spec("vocab", "embed")
         if held is None:
             return table_VD[tokens_BT]
-        width = names_in(P(held[1]))
+        width = names_in(held[1])
         while width and table_VD.shape[1] // axis_size(*width) < _NARROWEST:
             width = width[:-1]
         table_VD = reshard(table_VD, P(held[0], width or None))
         rows = P(*(
-            tuple(name for name in names_in(P(part)) if name not in width) or None
+            tuple(name for name in names_in(part) if name not in width) or None
             for part in activation_spec("batch", length)
         ))  # fmt: skip
         found = P(*rows, width or None)

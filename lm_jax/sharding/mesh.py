@@ -5,7 +5,6 @@ so that a forgotten one is an error when a step is traced and not a slow run. Ou
 the functions here do nothing, and the model runs on one device.
 """
 
-import functools
 import math
 
 import jax
@@ -189,86 +188,12 @@ def reshard(x: jax.Array, wanted: P | None) -> jax.Array:
     return x if wanted is None else jax.sharding.reshard(x, wanted)
 
 
-def gather(x: jax.Array, wanted: P | None, summed: tuple[str, ...]) -> jax.Array:
-    """`x` with fewer of its axes split, to be multiplied with what is split over `summed`.
-
-    As `reshard`, but for the gradient, to which each device along the mesh axes `summed` adds a
-    part: the sums are scattered as they are added. Left to the compiler, every device gets all of
-    every sum (twice the traffic, and a whole gradient in memory), and throws most of it away.
-    """
-    if wanted is None:
-        return x
-    held = jax.typeof(x).sharding.spec
-    # Along other mesh axes gradients are alike: nothing to add.
-    alike = P(*(
-        tuple(name for name in _names_in(h) if name in (*_names_in(w), *summed)) or None
-        for h, w in zip(held.partitions, wanted.partitions)
-    ))  # fmt: skip
-    x = reshard(x, alike)
-    return _gather(alike, wanted, summed, x) if summed else x
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _gather(held: P, wanted: P, summed: tuple[str, ...], x: jax.Array) -> jax.Array:
-    return jax.sharding.reshard(x, wanted.update(reduced=set(summed)))
-
-
-def _gather_forward(held, wanted, summed, x):
-    return _gather(held, wanted, summed, x), None
-
-
-def _gather_backward(held, wanted, summed, _, parts):
-    return (scatter(parts, wanted.update(unreduced=set(summed)), held),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-def gradient_spec(x: jax.Array) -> P | None:
-    """The sharding of the gradient of `x`; None outside of a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return None
-    spec = jax.typeof(x).sharding.spec
-    return spec.update(reduced=spec.unreduced, unreduced=spec.reduced)
-
-
-def scatter(parts: jax.Array, spec: P, wanted: P) -> jax.Array:
-    """The sums of what devices hold parts of, each sum where it belongs.
-
-    Args:
-      spec: the sharding of `parts`, with `unreduced` the mesh axes to sum over.
-      wanted: the same with some of these splitting array axes.
-    """
-    here = [
-        tuple(name for name in _names_in(w) if name not in _names_in(s))
-        for s, w in zip(spec.partitions, wanted.partitions)
-    ]
-    rest = tuple(n for n in spec.unreduced if all(n not in names for names in here))
-
-    def local(x):
-        for axis, names in enumerate(here):
-            if names:
-                x = _scatter(x, names, axis)
-        return jax.lax.psum(x, rest) if rest else x
-
-    return jax.shard_map(local, in_specs=spec, out_specs=wanted)(parts)
-
-
-def _scatter(x: jax.Array, names: tuple[str, ...], axis: int) -> jax.Array:
-    """A reduce-scatter along an axis of its own: along a part of one, the compiler for TPUs makes
-    an all-reduce of large float32 arrays."""
-    parts = math.prod(jax.lax.axis_size(name) for name in names)
-    x = x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
-    return jax.lax.psum_scatter(x, names, scatter_dimension=axis)
-
-
-def _names_in(part: Axes) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else part or ()
-
-
-def names_in(spec: P | None) -> tuple[str, ...]:
-    """The mesh axes of a sharding, in its order."""
-    return tuple(name for part in spec or () for name in _names_in(part))
+def names_in(spec: P | Axes) -> tuple[str, ...]:
+    """The mesh axes of a sharding, or of one of its parts, in order."""
+    if isinstance(spec, str):
+        return (spec,)
+    parts = spec.partitions if isinstance(spec, P) else spec or ()
+    return tuple(name for part in parts for name in names_in(part))
 
 
 def check_parameters(
@@ -313,7 +238,7 @@ def check_parameters(
 
 def _names(axes: Axes, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Those of `axes` that split anything."""
-    return tuple(axis for axis in _names_in(axes) if mesh.shape[axis] > 1)
+    return tuple(axis for axis in names_in(axes) if mesh.shape[axis] > 1)
 
 
 def _size(mesh: Mesh | AbstractMesh, axes: Axes) -> int:
