@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.model.dropout import dropout
-from lm_jax.sharding.mesh import activation_spec, reshard, shards
+from lm_jax.sharding.mesh import activation_spec, platform, reshard, shards
 
 # Below every score that a finite model makes, and finite itself: a row that is masked out
 # altogether gives a uniform distribution and no NaN.
@@ -63,17 +63,16 @@ def resolve_backend(config: ModelConfig, length: int) -> str:
     """
     if config.attention == "xla":
         return "xla"
-    mesh, width, parts = jax.sharding.get_abstract_mesh(), config.head_width, shards("length")
-    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    width, parts, here = config.head_width, shards("length"), platform()
     no_dropout = "model.dropout = 0", config.dropout > 0
     obstacles = {
         "splash": (
-            (f"a TPU, and this is {platform}", platform != "tpu"),
+            (f"a TPU, and this is {here}", here != "tpu"),
             no_dropout,
             (f"a part of a row of a multiple of 128 tokens, not {length}", length % (128 * parts)),
         ),
         "cudnn": (
-            (f"an NVIDIA GPU, and this is {platform}", platform not in ("gpu", "cuda")),
+            (f"an NVIDIA GPU, and this is {here}", here != "gpu"),
             ("model.dtype = bfloat16", config.dtype != "bfloat16"),
             no_dropout,
             (

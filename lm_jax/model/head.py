@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.sharding.gather import gather, gradient_spec
-from lm_jax.sharding.mesh import activation_spec, dividing, names_in, reshard, shards
+from lm_jax.sharding.mesh import activation_spec, dividing, names_in, platform, reshard, shards
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +51,7 @@ class Head:
         (B, T, D), V = x_BTD.shape, self.weight_DV.shape[1]
         axes = "batch", dividing("length", T), "vocab"
         x_BTD = reshard(x_BTD, activation_spec(*axes[:2], "embed"))
-        if shards(axes[1]) > 1:
+        if shards(axes[1]) > 1 or platform() != "cpu":
             logits_BTV = _product(x_BTD, self.weight_DV, self.zeros_DV)
         else:  # as one product of two matrices: see `projection.product`
             x_MD = jax.lax.reshape(

@@ -1,5 +1,6 @@
 """Products with weights, with a bias and a low-rank adapter where there are such."""
 
+import functools
 import math
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from lm_jax.config import LoraConfig
 from lm_jax.model.parameters import constant, normal, use
 from lm_jax.sharding.gather import gather, scatter
-from lm_jax.sharding.mesh import activation_spec, names_in, parameter_spec, shards
+from lm_jax.sharding.mesh import activation_spec, names_in, parameter_spec, platform, shards
 
 
 class Lora(nnx.Module):
@@ -70,9 +71,9 @@ def product(
 ) -> jax.Array:
     """The product of the last axes of `x`, merged into one of K, with a matrix; O becomes `last`.
 
-    Batch and length are merged too: XLA on CPU takes a third longer for the gradient of an einsum
-    over unmerged axes (6.3 against 7.9 ms for 2048 x 256 x 256 and back). Only rows that are split
-    over devices cannot be merged with the batch.
+    On CPUs, batch and length are merged too: XLA takes a third longer there for the gradient of an
+    einsum over unmerged axes (6.3 against 7.9 ms for 2048 x 256 x 256 and back). On TPUs it would
+    cost copies between layouts; and rows that are split over devices cannot be merged.
 
     Args:
       merged: logical axes of K and of O.
@@ -80,23 +81,8 @@ def product(
       dtype: of the result; None: of the inputs.
     """
     (B, T), K = x.shape[:2], weight_KO.shape[0]
-    (inner, outer), spec = merged, activation_spec(*axes)
-    if shards(axes[1]) > 1:
-        rows, wanted = rows_of(x), activation_spec(*axes[:2], outer)
-        # Where the result is split further, it is by the devices that each have a part of the sum.
-        summed = tuple(name for name in names_in(wanted) if name not in names_in(rows))
-        summed = tuple(name for name in summed if name in names_in(activation_spec(inner)))
-        here = P(*rows, wanted[2], unreduced=set(summed))
-        y = jnp.einsum(
-            "BTK,KO->BTO",
-            _merged(x, (B, T, K), P(*rows, *activation_spec(inner))),
-            weight_KO,
-            preferred_element_type=dtype,
-            out_sharding=here,
-        )
-        if summed:
-            y = scatter(y, here, wanted)
-    else:
+    (inner, outer), rows, spec = merged, rows_of(x), activation_spec(*axes)
+    if platform() == "cpu" and shards(axes[1]) == 1:
         y = jnp.einsum(
             "MK,KO->MO",
             _merged(x, (B * T, K), activation_spec("batch", inner)),
@@ -104,6 +90,22 @@ def product(
             preferred_element_type=dtype,
             out_sharding=activation_spec("batch", outer),
         )
+        return jax.lax.reshape(y, (B, T, *last), out_sharding=spec)
+    product = functools.partial(
+        jnp.einsum,
+        "BTK,KO->BTO",
+        _merged(x, (B, T, K), rows and P(*rows, *activation_spec(inner))),
+        weight_KO,
+        preferred_element_type=dtype,
+    )
+    wanted = activation_spec(*axes[:2], outer)
+    # Where the result is split further, it is by devices that each have a part of the sum.
+    summed = {*names_in(wanted)} & {*names_in(activation_spec(inner))} - {*names_in(rows)}
+    if summed:
+        here = P(*rows, wanted[2], unreduced=summed)
+        y = scatter(product(out_sharding=here), here, wanted)
+    else:
+        y = product(out_sharding=wanted)
     return jax.lax.reshape(y, (B, T, *last), out_sharding=spec)
 
 

@@ -8,6 +8,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lm_jax.sharding.mesh import names_in, reshard
@@ -79,8 +80,10 @@ def scatter(parts: jax.Array, spec: P, wanted: P) -> jax.Array:
 
 
 def _scatter(x: jax.Array, names: tuple[str, ...], axis: int) -> jax.Array:
-    """A reduce-scatter along an axis of its own: along a part of one, the compiler for TPUs makes
-    an all-reduce of large float32 arrays."""
+    """A reduce-scatter. The compiler for TPUs makes an all-reduce of one of large float32 arrays,
+    unless it is along an axis of its own; which would cost others a copy."""
+    if x.dtype != jnp.float32:
+        return jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True)
     parts = math.prod(jax.lax.axis_size(name) for name in names)
     x = x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
     return jax.lax.psum_scatter(x, names, scatter_dimension=axis)

@@ -167,6 +167,13 @@ def _spec(rules: dict[str, Axes], axes: tuple[str | None, ...], mesh: Mesh | Abs
     return P(*(_names(rules[a] if a else None, mesh) or None for a in axes))
 
 
+def platform() -> str:
+    """'cpu', 'gpu' or 'tpu': of the mesh that is set, or else of jax's own devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    name = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    return "gpu" if name == "cuda" else name
+
+
 def shards(axis: str | None) -> int:
     """Parts that an activation's logical axis is split in; 1 outside of a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
