@@ -6,11 +6,11 @@ Two models, of a device with a peak P (bf16 FLOP/s) and a memory bandwidth M:
   sequence  = max((F - K) / (0.7 P) + K / (0.45 P) + B / M + S + A_links + A_network, F / P)
 
 F: FLOPs of all matrix products, with those computed again for the backward pass; K: those of them
-inside of Pallas kernels; C: the compiler's own cycles (`estimated_cycles`, times how often a loop
-runs) over the clock, which know no Pallas kernel and no collective; B: the bytes that instructions
-take from HBM and put there; S: the time of collectives that nothing runs beside, A: of those that
-run beside computation. Where the compiler estimates no cycles (GPUs), C = max((F - K) / (0.8 P),
-B / M).
+inside of Pallas kernels, and of experts, as if each were chosen as often; C: the compiler's own
+cycles (`estimated_cycles`, times how often a loop runs) over the clock, which know no Pallas kernel
+and no collective; B: the bytes that instructions take from HBM and put there; S: the time of
+collectives that nothing runs beside, A: of those that run beside computation. Where the compiler
+estimates no cycles (GPUs), C = max((F - K) / (0.8 P), B / M).
 
 In the first all that can run at the same time does so; in the second nothing does. The range spans
 both, and its top never exceeds 100% of the peak, as F / P bounds either. 0.7, 0.45 and 0.8 are
@@ -75,7 +75,7 @@ def estimate(
 ) -> Estimate:
     chip, n = topology.chip, topology.devices
     peak = peak_flops(chip.kind)
-    work = program.work.seen(keys_seen(config))
+    work = program.work.used(keys_seen(config), rows_used(config, program))
     executed, kernels = work.total / n, work.kernels / n
     memory = traffic(module) / chip.hbm_bandwidth
     if chip.flops_per_cycle:
@@ -122,6 +122,15 @@ def keys_seen(config: Config) -> float:
         window = min(windows[kind] or length, length)
         total += window - window**2 / (2 * length) if config.model.causal else length
     return min(1.0, total / len(kinds_L) / length + 1 / 16)
+
+
+def rows_used(config: Config, program: Program) -> float:
+    """The share of the rows of the experts' buffer that hold a token, if all are chosen alike."""
+    moe = config.model.moe
+    if not moe.experts:
+        return 1.0
+    here = moe.experts / program.mesh.shape["expert"]
+    return moe.experts_per_token * here / moe.experts / min(moe.experts_per_token, here)
 
 
 def model_flops(config: Config, program: Program) -> float:

@@ -16,24 +16,22 @@ class Work:
     products: float = 0.0  # left to XLA
     kernels: float = 0.0  # inside of Pallas kernels
     attention: float = 0.0  # inside of those that are attention, as if every query saw every key
+    experts: float = 0.0  # grouped products, which are kernels too, as if every row were used
 
     @property
     def total(self) -> float:
-        return self.products + self.kernels + self.attention
+        return sum(dataclasses.astuple(self))
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(
-            self.products + other.products,
-            self.kernels + other.kernels,
-            self.attention + other.attention,
-        )
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Work(*(a + b for a, b in pairs))
 
     def times(self, n: float) -> "Work":
-        return Work(self.products * n, self.kernels * n, self.attention * n)
+        return Work(*(x * n for x in dataclasses.astuple(self)))
 
-    def seen(self, share: float) -> "Work":
-        """With kernels that skip the keys no query of a block sees, all but a share."""
-        return Work(self.products, self.kernels + self.attention * share)
+    def used(self, keys: float, rows: float) -> "Work":
+        """With kernels that skip all but a share of the keys, and of the rows of experts."""
+        return Work(self.products, self.kernels + self.attention * keys + self.experts * rows)
 
 
 def work_of(jaxpr: core.Jaxpr) -> Work:
@@ -49,6 +47,9 @@ def _of_equation(name: str, equation: Any) -> Work:
     params = equation.params
     if name == "dot_general":
         return Work(_product(equation))
+    if name == "ragged_dot_general":
+        out, left = equation.outvars[0].aval.shape, equation.invars[0].aval.shape
+        return Work(experts=2.0 * math.prod(left) * out[-1])
     if name == "pallas_call":
         name, flops = str(params["name"]), _kernel(equation)
         attention = any(part in name for part in ("splash", "flash", "attention"))

@@ -76,7 +76,7 @@ ROWS = [
         "configs/gpt3.py:175b",
         "v5p:16x16x16",
         1,
-        "mesh.data=4 mesh.fsdp=64 mesh.tensor=16 training.accumulation=2",
+        "mesh.data=2 mesh.fsdp=64 mesh.tensor=32 training.accumulation=2",
     ),
     (
         "Mixtral 8x7B",

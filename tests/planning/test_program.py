@@ -2,19 +2,21 @@
 
 import dataclasses
 import math
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 from tiny_models import BERT, LLAMA, on_devices, run_config
 
+from lm_jax.config import Config, ModelConfig, MoeConfig
 from lm_jax.errors import UserError
 from lm_jax.model import parameters as params_lib
 from lm_jax.planning import program as program_lib
 from lm_jax.planning import search as search_lib
 from lm_jax.planning.chips import CHIPS
 from lm_jax.planning.collectives import axes_of, collectives
-from lm_jax.planning.estimate import estimate, model_flops
+from lm_jax.planning.estimate import estimate, model_flops, rows_used
 from lm_jax.planning.hlo import parse
 from lm_jax.planning.program import compile_step
 from lm_jax.planning.recipe import resolve
@@ -104,6 +106,23 @@ def test_work_counts_loops_branches_and_parts():
         parts = jax.shard_map(lambda c: c @ c.T, in_specs=P("data"), out_specs=P("data"))
         x = jax.device_put(x, P("data"))
         assert traced_work(jax.jit(parts).trace(x)).total == 8 * 2 * 8
+
+
+def test_experts_count_by_the_rows_that_are_used():
+    """8 experts, 2 of them for a token, 4 here: of its 2 choices 1 is here, and room is for both."""
+    x, w = jnp.ones((24, 16)), jnp.ones((4, 16, 32))
+    sizes = jnp.array([3, 3, 3, 3])
+
+    def loss(x, w):
+        return jnp.sum(jax.lax.ragged_dot(x, w, sizes))
+
+    work = traced_work(jax.jit(jax.value_and_grad(loss, (0, 1))).trace(x, w))
+    assert work == Work(experts=3 * 2 * 24 * 16 * 32)
+    assert work.used(keys=1.0, rows=0.5).kernels == work.experts / 2
+    config = Config(model=ModelConfig(moe=MoeConfig(experts=8, experts_per_token=2)))
+    meshes = {n: types.SimpleNamespace(mesh=types.SimpleNamespace(shape={"expert": n}))
+              for n in (1, 2, 8)}  # fmt: skip
+    assert [rows_used(config, meshes[n]) for n in (1, 2, 8)] == [1.0, 0.5, 0.25]
 
 
 def topology(hbm_gib=15.75):
