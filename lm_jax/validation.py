@@ -196,7 +196,8 @@ def _checks(config: Config) -> Iterator[Check]:
     yield (
         all(n == -1 or n > 0 for n in axes) and axes.count(-1) <= 1,
         "mesh",
-        f"data, fsdp, tensor, sequence, expert = {axes}: each at least 1, at most one of them -1",
+        f"data, fsdp, tensor, sequence, expert = {axes}: each at least 1, and at most one of them"
+        " -1 (data is, unless you set it: mesh.data=1)",
     )
     profile = config.logging.profile_steps
     yield (

@@ -5,6 +5,7 @@ B batch, T query length, S key length, N query heads, K key/value heads, G = N /
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
@@ -130,7 +131,8 @@ def attention(
     gathered = activation_spec("batch", None, "kv_heads", "head_width")
     k_BSKH, v_BSKH = reshard(k_BSKH, gathered), reshard(v_BSKH, gathered)
     if backend == "cudnn":
-        return _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale, length)
+        out_BTNH = _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale, length)
+        return checkpoint_name(out_BTNH, "attention")
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     grouped = activation_spec("batch", length, "kv_heads", None, "head_width")
@@ -146,7 +148,8 @@ def attention(
     weights_BKGTS = dropout(weights_BKGTS, dropout_rate, dropout_key)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
     merged = activation_spec("batch", length, "heads", "head_width")
-    return jax.lax.reshape(out_BTKGH, (B, T, N, H), out_sharding=merged)
+    out_BTNH = jax.lax.reshape(out_BTKGH, (B, T, N, H), out_sharding=merged)
+    return checkpoint_name(out_BTNH, "attention")
 
 
 def _cudnn(

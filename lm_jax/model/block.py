@@ -79,7 +79,7 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD, context: "Context", layer, kind, cache, key):
         c = self.config
         mask_BTS, rope = context.of(kind)
-        heads = functools.partial(_heads, context.whole(x_BTD), context.length)
+        heads = functools.partial(_heads, context.whole(x_BTD, c.lora.rank > 0), context.length)
         q_BTNH = heads(self.query, self.query_bias, self.query_lora, self.query_norm)
         k_BTKH = heads(self.key, self.key_bias, self.key_lora, self.key_norm)
         v_BTKH = heads(self.value, self.value_bias, self.value_lora, None)
@@ -147,7 +147,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, context: "Context") -> jax.Array:
         activation = ACTIVATIONS[self.config.activation]
-        x_BTD, axes = context.whole(x_BTD), ("batch", context.length, "mlp")
+        x_BTD = context.whole(x_BTD, self.config.lora.rank > 0)
+        axes = "batch", context.length, "mlp"
         h_BTF = project(x_BTD, self.up, self.up_bias, *axes, lora=self.up_lora)
         if self.gate is None:
             h_BTF = activation(h_BTF)
@@ -184,8 +185,14 @@ class Context:
             return None
         return reshard(self.segments_BT > 0, activation_spec("batch", self.residual))
 
-    def whole(self, x_BTD: jax.Array) -> jax.Array:
-        """The residual stream as the products take it."""
+    def whole(self, x_BTD: jax.Array, adapted: bool) -> jax.Array:
+        """The residual stream as the products take it.
+
+        Args:
+          adapted: whether adapters take it as well, whose first weight is not split.
+        """
+        if adapted:
+            return reshard(x_BTD, activation_spec("batch", self.length, "embed"))
         between, here = (activation_spec("batch", a) for a in (self.residual, self.length))
         summed = tuple(name for name in names_in(between) if name not in names_in(here))
         return gather(x_BTD, activation_spec("batch", self.length, "embed"), summed)

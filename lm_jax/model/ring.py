@@ -64,7 +64,7 @@ def ring_attention(
         q_BTKGH = q_BTNH.reshape(B, T, k_BSKH.shape[2], -1, H)
         keys = _Keys(k_BSKH, v_BSKH, segments_BT)
         out_BTKGH = _ring(pair, split, q_BTKGH, keys, segments_BT)
-        return out_BTKGH.reshape(B, T, n, H).astype(q_BTNH.dtype)
+        return out_BTKGH.reshape(B, T, n, H)
 
     if split > 1 or not jax.sharding.get_abstract_mesh().empty:
         q_spec = activation_spec("batch", length, "heads", "head_width")
@@ -171,6 +171,7 @@ def _forward(pair, split, q_BTKGH, keys, segments_BT):
     (_, softmax), _ = jax.lax.scan(step, (keys, softmax), jnp.arange(1, split))
     out_BTKGH = softmax.out_BTKGH / _by_token(softmax.sum_BKGT)[..., None]
     log_sum_BKGT = softmax.most_BKGT + jnp.log(softmax.sum_BKGT)
+    out_BTKGH = out_BTKGH.astype(q_BTKGH.dtype)
     out_BTKGH, log_sum_BKGT = checkpoint_name((out_BTKGH, log_sum_BKGT), "attention")
     return out_BTKGH, (q_BTKGH, keys, segments_BT, out_BTKGH, log_sum_BKGT)
 
@@ -179,6 +180,7 @@ def _backward(pair, split, saved, d_out_BTKGH):
     """The gradients of out = A / L at A = sum of exp(score - c) v and L = sum of exp(score - c),
     with c such that L = 1: those of A are `d_out_BTKGH`, those of L its product with -out."""
     q_BTKGH, keys, segments_BT, out_BTKGH, log_sum_BKGT = saved
+    d_out_BTKGH = d_out_BTKGH.astype(jnp.float32)
     d_sum_BKGT = jnp.moveaxis(-jnp.sum(d_out_BTKGH * out_BTKGH, axis=-1), 1, 3)
 
     def add(grads, keys: _Keys, apart):

@@ -63,13 +63,14 @@ def splash_attention(
         segments_BT = reshard(segments_BT, activation_spec("batch", length))
         segments_BS = reshard(segments_BT, activation_spec("batch", None))
     kernel = _kernel(N // shards("heads"), T, shards(length), causal, window, softcap, interpret)
-    factor = jnp.asarray(H**-0.5 if scale is None else scale, q_BTNH.dtype)
+    factor = H**-0.5 if scale is None else scale
+    q_BTNH = (q_BTNH.astype(jnp.float32) * factor).astype(q_BTNH.dtype)
 
     def local(kernel, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS):
         def row(q_TNH, k_SKH, v_SKH, segments_T, segments_S):
             segments = None if segments_T is None else SegmentIds(segments_T, segments_S)
             y_NTH = kernel(
-                jnp.moveaxis(q_TNH * factor, 1, 0),
+                jnp.moveaxis(q_TNH, 1, 0),
                 jnp.moveaxis(k_SKH, 1, 0),
                 jnp.moveaxis(v_SKH, 1, 0),
                 segment_ids=segments,

@@ -72,7 +72,7 @@ def compile_step(config: Config, mesh: Mesh, masking: Masking | None = None) -> 
       UserError: the model or the batch does not fit the mesh.
     """
     begun = time.monotonic()
-    check_batch(config, batch_shards(mesh))
+    check_batch(config, mesh)
     check_rules(list(abstract_parameters(skeleton_of(config.model), mesh)))
     step = make_step(config, batch_shards(mesh), masking)
     state, batch = abstract_state(step, mesh), abstract_batch(config.data, mesh)

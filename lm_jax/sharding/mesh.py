@@ -5,7 +5,9 @@ so that a forgotten one is an error when a step is traced and not a slow run. Ou
 the functions here do nothing, and the model runs on one device.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -61,14 +63,23 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         sizes = {k: len(devices) // given if n == -1 else n for k, n in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         asked = " x ".join(f"{k} {getattr(config, k)}" for k in AXES)
-        raise UserError(
-            f"mesh: {asked} does not fit {len(devices)} device(s): change mesh.*, or set one axis"
-            " to -1 to take what is left"
+        free = [k for k in AXES if getattr(config, k) == -1]
+        advice = (
+            f"the others make {given}, which does not divide {len(devices)}: change mesh.*"
+            if free
+            else "change mesh.*, or set one axis to -1 to take what is left"
         )
-    shape, slices = tuple(sizes.values()), {getattr(d, "slice_index", 0) for d in devices}
+        raise UserError(f"mesh: {asked} does not fit {len(devices)} device(s): {advice}")
+    # Of GPUs, each node counts as a slice: there, any axis may cross the network.
+    tpus = devices[0].platform == "tpu"
+    shape, slices = (
+        tuple(sizes.values()),
+        {getattr(d, "slice_index", 0) if tpus else 0 for d in devices},
+    )
     types = (AxisType.Explicit,) * len(AXES)
     if len(slices) == 1:
-        return Mesh(_arranged(shape, devices), AXES, axis_types=types)
+        flat = functools.partial(mesh_utils.create_device_mesh, shape, devices)
+        return Mesh(_arranged(flat), AXES, axis_types=types)
     if sizes["data"] % len(slices):
         raise UserError(
             f"mesh.data = {sizes['data']} is not a multiple of the {len(slices)} slices: between"
@@ -76,18 +87,16 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         )
     across = (len(slices), *(1,) * (len(AXES) - 1))
     within = (sizes["data"] // len(slices), *shape[1:])
-    array = mesh_utils.create_hybrid_device_mesh(
-        within, across, devices, allow_split_physical_axes=True
-    )
-    return Mesh(array, AXES, axis_types=types)
+    hybrid = functools.partial(mesh_utils.create_hybrid_device_mesh, within, across, devices)
+    return Mesh(_arranged(hybrid), AXES, axis_types=types)
 
 
-def _arranged(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+def _arranged(arrange: Callable[..., np.ndarray]) -> np.ndarray:
     """Neighbours on the wires as neighbours along the axes, as far as the shapes let them."""
     try:
-        return mesh_utils.create_device_mesh(shape, devices)
+        return arrange()
     except NotImplementedError:  # an axis would need a part of one of the torus
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return arrange(allow_split_physical_axes=True)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -60,7 +60,7 @@ def train(config: Config, workdir: str, overridden: Collection[str] = ()) -> int
     """
     config = weights.resolved(config, workdir, overridden)
     mesh = make_mesh(config.mesh)
-    check_batch(config, batch_shards(mesh))
+    check_batch(config, mesh)
     together.check_same(config)
     workdir_lib.check(workdir, config)
     with workdir_lib.locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():

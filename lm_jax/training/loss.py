@@ -33,12 +33,16 @@ class LossSums(NamedTuple):
         return cls(*(jnp.zeros((), jnp.float32),) * 4)
 
 
-def chunk_length(length: int, rows: int, vocab: int) -> int:
-    """The largest divisor of `length` whose logits stay under `LOGITS_A_DEVICE`."""
-    fits = [
-        c for c in range(1, length + 1) if length % c == 0 and rows * c * vocab <= LOGITS_A_DEVICE
-    ]
-    return max(fits, default=1)
+def chunk_length(length: int, rows: int, vocab: int, parts: int = 1) -> int:
+    """The largest divisor of `length` whose logits stay under `LOGITS_A_DEVICE`.
+
+    Args:
+      length: of a row, which is split in `parts` parts; each chunk has as much of each.
+      rows, vocab: of one device.
+    """
+    own = length // parts
+    fits = [c for c in range(1, own + 1) if own % c == 0 and rows * c * vocab <= LOGITS_A_DEVICE]
+    return parts * max(fits, default=1)
 
 
 def cross_entropy(

@@ -50,7 +50,7 @@ class Masking:
           The batch with `inputs` corrupted, int32 [B, S] `predicted`, the positions chosen, none
           twice, and [B, S] `targets` and `weights` of these; weight 0 where fewer were chosen.
         """
-        spec = activation_spec("batch", "length")
+        spec = activation_spec("batch", None)
         choose_key, action_key, random_key = jax.random.split(key, 3)
         inputs_BT, shape = batch["inputs"], batch["inputs"].shape
         special_BT = _look_up(self.special_V, inputs_BT)
@@ -79,7 +79,7 @@ class Masking:
         into another segment."""
         here_1T = jnp.arange(inputs_BT.shape[1])[None]
         if self.starts_word_V is None:
-            spec = activation_spec("batch", "length")
+            spec = activation_spec("batch", None)
             return jnp.broadcast_to(here_1T, inputs_BT.shape, out_sharding=spec)
         starts_BT = _look_up(self.starts_word_V, inputs_BT) | special_BT
         starts_BT |= _shifted(special_BT) | (segments_BT != _shifted(segments_BT))
@@ -93,9 +93,7 @@ class Masking:
         """
         B, T = eligible_BT.shape
         order_key, turn_key, round_key = jax.random.split(key, 3)
-        draw_BT = jax.random.uniform(
-            order_key, (B, T), out_sharding=activation_spec("batch", "length")
-        )
+        draw_BT = jax.random.uniform(order_key, (B, T), out_sharding=activation_spec("batch", None))
         draw_BT = jnp.take_along_axis(draw_BT, start_BT, axis=1)  # one for the tokens of a word
         order_BT = jnp.argsort(jnp.where(eligible_BT, draw_BT, 2.0), axis=1, stable=True)
         place_BT = jnp.argsort(order_BT, axis=1) - (jnp.arange(T)[None] - start_BT)  # of its start
@@ -114,7 +112,7 @@ class Masking:
 
 
 def _look_up(table: np.ndarray, ids_BT: jax.Array) -> jax.Array:
-    return jnp.asarray(table).at[ids_BT].get(out_sharding=activation_spec("batch", "length"))
+    return jnp.asarray(table).at[ids_BT].get(out_sharding=activation_spec("batch", None))
 
 
 def _shifted(x_BT: jax.Array) -> jax.Array:

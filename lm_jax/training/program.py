@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from lm_jax.config import Config, DataConfig
 from lm_jax.errors import UserError
 from lm_jax.sharding.compiler import options_of
-from lm_jax.sharding.mesh import batch_sharding
+from lm_jax.sharding.mesh import batch_sharding, batch_shards
 from lm_jax.training.step import Step, TrainState
 
 
@@ -38,12 +38,13 @@ def abstract_batch(config: DataConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     return {k: jax.ShapeDtypeStruct(shape, d, sharding=sharding) for k, d in dtypes.items()}
 
 
-def check_batch(config: Config, shards: int) -> None:
-    """Checks that a batch divides over the `shards` parts that the mesh splits it in.
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Checks that a batch divides over the parts that the mesh splits rows and tokens in.
 
     Raises:
       UserError: it does not.
     """
+    shards, parts = batch_shards(mesh), mesh.shape["sequence"]
     rows = config.data.batch_size // config.training.accumulation
     for key, n in (
         ("data.batch_size / training.accumulation", rows),
@@ -52,5 +53,13 @@ def check_batch(config: Config, shards: int) -> None:
         if n % shards:
             raise UserError(
                 f"{key} = {n} rows do not divide over the {shards} devices of mesh.data x"
-                " mesh.fsdp: change the batch or the mesh"
+                " mesh.fsdp x mesh.expert: change the batch or the mesh"
+            )
+    for key, n in (
+        ("data.length", config.data.length),
+        ("training.loss_chunk", config.training.loss_chunk or 0),
+    ):
+        if n % parts:
+            raise UserError(
+                f"{key} = {n} tokens do not divide over mesh.sequence = {parts}: change one of them"
             )

@@ -18,7 +18,7 @@ from lm_jax.model import parameters as params_lib
 from lm_jax.model.moe import RouterSums
 from lm_jax.model.parameters import Parameters
 from lm_jax.model.transformer import Transformer, skeleton_of
-from lm_jax.sharding.mesh import activation_spec, reshard
+from lm_jax.sharding.mesh import activation_spec, dividing, reshard, shards
 from lm_jax.training.loss import LossSums, batch_loss, chunk_length, router_load
 from lm_jax.training.masking import Masking
 from lm_jax.training.optimizer import make_optimizer, make_schedule
@@ -170,9 +170,7 @@ class Step:
             batch = self.masking(batch, jax.random.fold_in(jax.random.key(0), index))
             byte_lengths = jnp.zeros_like(byte_lengths)
         sums = batch_loss(model, batch, chunk=self.chunk)
-        counted = byte_lengths.at[batch["targets"]].get(
-            out_sharding=activation_spec("batch", "length")
-        )
+        counted = byte_lengths.at[batch["targets"]].get(out_sharding=activation_spec("batch", None))
         return {
             "nll": sums.nll,
             "tokens": sums.weight,
@@ -200,8 +198,12 @@ def make_step(config: Config, batch_shards: int = 1, masking: Masking | None = N
     if (masking is None) != (config.data.objective == "next_token"):
         raise ValueError(f"objective {config.data.objective!r} with masking = {masking}")
     training, rows = config.training, config.data.batch_size // config.training.accumulation
+    predictions = config.data.predictions
     chunk = training.loss_chunk or chunk_length(
-        config.data.predictions, max(1, rows // batch_shards), config.model.vocab_size
+        predictions,
+        max(1, rows // batch_shards),
+        config.model.vocab_size // shards("vocab"),
+        shards(dividing("length", predictions)),
     )
     skeleton = skeleton_of(config.model)
     learning = rates({k: x.shape for k, x in params_lib.split(skeleton).items()}, config)

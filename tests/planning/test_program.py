@@ -109,7 +109,7 @@ def test_work_counts_loops_branches_and_parts():
 
 
 def test_experts_count_by_the_rows_that_are_used():
-    """8 experts, 2 of them for a token, 4 here: of its 2 choices 1 is here, and room is for both."""
+    """8 experts, 2 for a token, 4 here: of its choices 1 is here, and there is room for both."""
     x, w = jnp.ones((24, 16)), jnp.ones((4, 16, 32))
     sizes = jnp.array([3, 3, 3, 3])
 

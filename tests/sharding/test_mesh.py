@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 from collections.abc import Iterable
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from tiny_models import GPT2, LLAMA, on_devices, packed_batch, quick_jit, run_co
 from lm_jax.config import MeshConfig
 from lm_jax.errors import UserError
 from lm_jax.model import parameters as params_lib
+from lm_jax.sharding import mesh as mesh_lib
 from lm_jax.sharding.mesh import (
     AXES,
     activation_spec,
@@ -25,6 +27,7 @@ from lm_jax.sharding.mesh import (
 )
 from lm_jax.training.checkpoint import abstract_parameters
 from lm_jax.training.loss import batch_loss
+from lm_jax.training.program import check_batch
 from lm_jax.training.step import TrainState, make_step, skeleton_of
 
 
@@ -53,6 +56,41 @@ def test_a_mesh_that_does_not_fit_names_its_numbers(asked):
         make_mesh(MeshConfig(*asked))
     for part in (f"data {asked[0]}", f"fsdp {asked[1]}", f"tensor {asked[2]}", "8 device"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"length": 15}, r"data\.length = 15 .* mesh\.sequence = 2"),
+        ({"loss_chunk": 3}, r"training\.loss_chunk = 3 .* mesh\.sequence = 2"),
+        ({"batch_size": 9}, "9 rows .* 4 devices"),
+    ],
+)
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(changes, why):
+    config = run_config(GPT2)
+    for key, value in changes.items():
+        section = config.training if key == "loss_chunk" else config.data
+        setattr(section, key, value)
+    with pytest.raises(UserError, match=why):
+        check_batch(config, on_devices((2, 1, 1, 2, 2)))
+
+
+def test_the_nodes_of_gpus_are_no_slices():
+    """jax numbers both alike; but any axis may join nodes."""
+    devices = [
+        types.SimpleNamespace(
+            platform="gpu", slice_index=i // 4, process_index=i // 4, id=i, device_kind="H100"
+        )
+        for i in range(8)
+    ]
+    with pytest.raises(UserError, match="not a multiple of the 2 slices"):
+        tpus = [types.SimpleNamespace(**vars(d) | {"platform": "tpu"}) for d in devices]
+        make_mesh(MeshConfig(data=1, fsdp=8), tpus)
+    arranged = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh_lib, "Mesh", lambda array, *_, **__: arranged.append(array))
+        make_mesh(MeshConfig(data=1, fsdp=8), devices)
+    assert sorted(d.id for d in arranged[0].flat) == list(range(8))
 
 
 def test_each_parameter_that_the_mesh_does_not_divide_is_named():

@@ -88,11 +88,12 @@ def test_accumulation_is_a_large_batch():
         np.testing.assert_allclose(one[name], four[name], atol=1e-6, err_msg=name)
 
 
-def test_a_step_is_the_same_on_any_mesh():
+@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 1, 2, 2)], ids=str)
+def test_a_step_is_the_same_on_any_mesh(axes):
     step, batch = step_of(masked_config()), batch_of()
     _, alone = quick_jit(step.train)(start(step), batch)
     values = params_lib.split(build(MODEL))
-    with jax.set_mesh(on_devices((2, 2, 2))):
+    with jax.set_mesh(on_devices(axes)):
         state = quick_jit(step.init)()
         placed = {k: jax.device_put(values[k], x.sharding) for k, x in state.parameters.items()}
         _, spread = quick_jit(step.train)(state._replace(parameters=placed), shard(batch))

@@ -244,10 +244,18 @@ def test_no_gradient_is_computed_for_what_is_frozen():
     assert products(("blocks.mlp.up", "blocks.mlp.down")) <= products(()) - 2
 
 
-def test_frozen_layers_on_a_mesh():
-    config = config_of(LLAMA, **FAST, freeze=("blocks.0.*", "embedding"), layer_decay=0.9)
+@pytest.mark.parametrize(
+    "model, optimizer, axes",
+    [
+        (LLAMA, {"freeze": ("blocks.0.*", "embedding"), "layer_decay": 0.9}, (2, 2, 2)),
+        (LORA, {}, (2, 1, 2)),  # what adapters add to is split; their rank is not
+        (LORA, {}, (1, 1, 2, 2)),
+    ],
+    ids=["frozen", "adapters", "adapters, rows in parts"],
+)
+def test_frozen_layers_and_adapters_on_a_mesh(model, optimizer, axes):
+    config = config_of(model, **FAST, **optimizer)
     _, want, _ = learn(config)
-    axes = (2, 2, 2)
     with jax.set_mesh(on_devices(axes)):
         step, state = begin(config, axes)
         update = quick_jit(step.train, donate_argnums=0)
