@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from lm_jax.config import Config
+from lm_jax.errors import UserError
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.attention import resolve_backend
 from lm_jax.planning.chips import GIB
@@ -16,6 +17,7 @@ from lm_jax.planning.estimate import Estimate, across, estimate
 from lm_jax.planning.hlo import parse
 from lm_jax.planning.program import Program
 from lm_jax.planning.topology import Topology, coordinates
+from lm_jax.sharding.mesh import batch_block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,20 +82,17 @@ def make_report(config: Config, topology: Topology, program: Program) -> Report:
 
 def _notes(config: Config, program: Program) -> tuple[str, ...]:
     """What `train` would refuse on so many hosts."""
-    hosts = len({d.process_index for d in program.mesh.devices.flat})
-    lanes, shape, notes = config.data.lanes, program.mesh.shape, []
-    if lanes % hosts:
-        notes.append(
-            f"on {hosts} hosts, data.lanes = {lanes} must be a multiple of {hosts} that divides"
-            f" data.batch_size: add --config.data.lanes={hosts}"
+    mesh, lanes = program.mesh, config.data.lanes
+    try:
+        _, parts = batch_block(mesh, mesh.devices.flat[0].process_index)
+    except UserError as e:
+        return (f"train refuses this mesh: {e}",)
+    if lanes % parts:
+        return (
+            f"the hosts read {parts} different parts of a batch: data.lanes = {lanes} must be a"
+            f" multiple of {parts} that divides data.batch_size: add --config.data.lanes={parts}",
         )
-    rows = shape["data"] * shape["fsdp"] * shape["expert"]
-    if rows % hosts:
-        notes.append(
-            f"{hosts} hosts cannot each read rows of their own where mesh.data x mesh.fsdp ="
-            f" {rows}: train refuses it; raise them and lower mesh.tensor or mesh.sequence"
-        )
-    return tuple(notes)
+    return ()
 
 
 def _traffic(found: list[Collective], topology: Topology, program: Program) -> tuple[Traffic, ...]:

@@ -6,6 +6,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny_models import BERT, LLAMA, on_devices, run_config
 
@@ -13,6 +14,7 @@ from lm_jax.config import Config, ModelConfig, MoeConfig
 from lm_jax.errors import UserError
 from lm_jax.model import parameters as params_lib
 from lm_jax.planning import program as program_lib
+from lm_jax.planning import report as report_lib
 from lm_jax.planning import search as search_lib
 from lm_jax.planning.chips import CHIPS
 from lm_jax.planning.collectives import axes_of, collectives
@@ -106,6 +108,24 @@ def test_work_counts_loops_branches_and_parts():
         parts = jax.shard_map(lambda c: c @ c.T, in_specs=P("data"), out_specs=P("data"))
         x = jax.device_put(x, P("data"))
         assert traced_work(jax.jit(parts).trace(x)).total == 8 * 2 * 8
+
+
+def test_what_hosts_would_refuse_is_noted():
+    """Hosts that a tensor axis joins read the same rows; lanes are shared by the others."""
+    config = resolve(STEP, ())[0]
+
+    def notes(axes, lanes, devices_a_host):
+        mesh = on_devices(axes)
+        hosts = np.array(
+            [types.SimpleNamespace(process_index=i // devices_a_host) for i in range(8)]
+        )
+        there = types.SimpleNamespace(devices=hosts.reshape(mesh.devices.shape), shape=mesh.shape)
+        config.data.lanes = lanes
+        return report_lib._notes(config, types.SimpleNamespace(mesh=there))
+
+    assert notes((8, 1, 1), 4, 2) == notes((2, 1, 4), 2, 2) == ()
+    (note,) = notes((8, 1, 1), 2, 2)
+    assert "4 different parts" in note and "--config.data.lanes=4" in note
 
 
 def test_experts_count_by_the_rows_that_are_used():
