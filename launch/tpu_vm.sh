@@ -30,8 +30,9 @@
 # A training that failed is not started again, unless the TPU turns out to be gone.
 #
 # On several hosts --workdir is to be a bucket, gs://BUCKET/RUN, and so it should be wherever the TPU
-# can be preempted: the disks go with it. Other paths are seen from this folder's copy. TPU7x is
-# meant for GKE (launch/gke.sh), and its version here is not documented by Google.
+# can be preempted: the disks go with it. Other paths are seen from this folder's copy, ~/lm_jax; what
+# training writes there stays when the copy is renewed. TPU7x is meant for GKE (launch/gke.sh), and
+# its version here is not documented by Google.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -232,16 +233,20 @@ ask_for_sure() {
   done
 }
 
-# Copies this folder to the hosts, and installs.
+# Copies this folder to the hosts, and installs. Of an earlier copy only the files that came with it,
+# which are listed in .copied, are removed: what training has written among them stays.
 install() {
-  local archive=$scratch/lm_jax.tgz code=0
+  local archive=$scratch/lm_jax.tgz code=0 workdir=${WORKDIR%/} unpack
   say "copying $ROOT to $hosts host(s), and installing ..."
-  run tar -czf "$archive" -C "$ROOT" --exclude=./.git --exclude='./.venv*' --exclude=./runs \
+  workdir=./${workdir#./} # one of the same name here is another run's, or an older state of it
+  run tar -czf "$archive" -C "$ROOT" "--exclude=$workdir" --exclude=./.git --exclude='./.venv*' --exclude=./runs \
     --exclude=__pycache__ --exclude='*.egg-info' --exclude='.*_cache' . || code=$?
   [ "$code" -ne 0 ] || run gcloud compute tpus "$tpu" scp "$archive" "$name:lm_jax.tgz" \
     "${every[@]}" "${place[@]}" || code=$?
   [ "$code" -eq 0 ] || return "$code"
-  on_hosts 'rm -rf lm_jax && mkdir lm_jax && tar -xzf lm_jax.tgz -C lm_jax && rm lm_jax.tgz && LM_JAX_EXTRAS=tpu,gcs bash lm_jax/launch/worker.sh install'
+  unpack='mkdir -p lm_jax && cd lm_jax && touch .copied && tr "\n" "\0" <.copied | xargs -0 rm -f --'
+  unpack="$unpack && tar -tzf ../lm_jax.tgz | sed '/\/\$/d' >.copied && tar -xzf ../lm_jax.tgz"
+  on_hosts "($unpack) && rm lm_jax.tgz && LM_JAX_EXTRAS=tpu,gcs bash lm_jax/launch/worker.sh install"
 }
 
 start() {

@@ -248,6 +248,28 @@ def test_the_copy_leaves_out_what_is_not_needed(cloud):
     assert not {".venv", ".git", "runs"} & {path.name for path in there.iterdir()}
 
 
+@pytest.mark.parametrize("workdir", ["runs/x", "./out/x/", "configs/x"])
+def test_what_training_wrote_is_there_when_the_same_command_goes_on(cloud, workdir):
+    run = [RUN[0], f"--workdir={workdir}"]
+    there, old = cloud.folder / "hosts" / "0" / "lm_jax", "configs/old recipe.py"
+    (cloud.root / old).touch()
+    assert cloud.run("tpu_vm.sh", *tpu(), "--", *run)[0] == 0
+    checkpoint = there / workdir / "checkpoints" / "4"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("of the host")
+    (there / "notes").touch()
+    assert (there / old).exists()
+
+    (cloud.root / old).unlink()  # the code changes, and someone has trained here as well
+    (cloud.root / "configs" / "new.py").touch()
+    (cloud.root / workdir / "checkpoints").mkdir(parents=True)
+    (cloud.root / workdir / "checkpoints" / "4").write_text("of another run")
+    code, _, err = cloud.run("tpu_vm.sh", *tpu(), "--", *run)
+    assert code == 0 and cloud.trained() == [run, run], err
+    assert checkpoint.read_text() == "of the host" and (there / "notes").exists()
+    assert (there / "configs" / "new.py").exists() and not (there / old).exists()
+
+
 def test_a_signal_to_all_processes_of_a_host_is_trainings_to_answer(cloud):
     """As when the machine is shut down: the status that is written down is training's own."""
     cloud.plan("slow")
