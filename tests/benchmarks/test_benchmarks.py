@@ -63,6 +63,7 @@ def test_plans_are_shown_as_a_table_and_not_compiled_again(tmp_path):
             "slow": 2.0,
             "mfu": [0.24, 0.3],
             "computing": 1.25,
+            "kernels": 0.5,
             "peak": 8.0,
             "model_flops": 4.0,
         },
