@@ -164,6 +164,21 @@ def test_processes_with_different_settings_do_not_train(flags, cache, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_whose_workdirs_are_not_one_do_not_train(flags, cache, tmp_path):
+    place = [f"--coordinator={free_address()}", "--processes=2"]
+    folders = [tmp_path / "disk_of_0", tmp_path / "disk_of_1"]
+    processes = [
+        commands.start("train", *flags(f), *place, f"--process={i}", env=environment(4, cache))
+        for i, f in enumerate(folders)
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 1
+        assert err.count("error: ") == 1 and "Traceback" not in err, err
+        assert "--workdir must be one folder that all processes see" in err
+    assert not any(list(folder.iterdir()) for folder in folders)
+
+
 # The meeting itself, without jax.
 
 

@@ -63,6 +63,7 @@ def train(config: Config, workdir: str, overridden: Collection[str] = ()) -> int
     check_batch(config, mesh)
     together.check_same(config)
     workdir_lib.check(workdir, config)
+    together.check_one_folder(workdir)
     with workdir_lib.locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         return _train(config, workdir, mesh)
 
@@ -182,7 +183,8 @@ class _Run:
 
     def restore_or_begin(self) -> tuple[TrainState, int]:
         """The state, from the first place that has one, and the step it stands at."""
-        newest, model, given = self.checkpoints.latest(), self.config.model, {}
+        newest = together.known_to_first(self.checkpoints.latest())
+        model, given = self.config.model, {}
         self.origin = f"starts afresh, seed {self.config.training.seed}"
         if model.lora.rank or (newest is None and self.config.init_from):
             self.source = weights.source_of(self.workdir, self.config)

@@ -1,10 +1,13 @@
 """What the processes of a job settle among themselves before they train."""
 
+import contextlib
 import hashlib
 import io
 import os
+import secrets
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable
 
 import jax
@@ -12,11 +15,14 @@ import numpy as np
 from jax._src import distributed  # its client has no public name; orbax takes it from here as well
 from jax.experimental import multihost_utils
 
+from lm_jax import paths
 from lm_jax.config import Config, to_json
 from lm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from lm_jax.errors import UserError
+from lm_jax.training.workdir import TOKEN
 
 _LONGEST_WAIT = 24 * 60 * 60 * 1000  # milliseconds; a process that dies ends the wait
+_SHOWN = 10.0  # seconds until a file that one process wrote is seen by all
 
 
 def check_same(config: Config) -> None:
@@ -34,6 +40,61 @@ def check_same(config: Config) -> None:
             f"process {wrong[0]} was started with another config than process 0: start all with the"
             " same command, the number of the process aside"
         )
+
+
+def check_one_folder(workdir: str) -> None:
+    """Each process saves its part of a checkpoint, and waits for ever for parts that went into
+    another folder of the same name. Process 0 writes a word that all of them are to read.
+
+    Raises:
+      UserError: on all processes, where `workdir` is not one and the same folder.
+    """
+    if jax.process_count() == 1:
+        return
+    remote = paths.remote(workdir)
+    digest = hashlib.sha256(paths.absolute(workdir).encode()).digest() if remote else bytes(8)
+    of_all = multihost_utils.process_allgather(np.frombuffer(digest[:8], np.uint32))
+    wrong = [i for i, other in enumerate(of_all) if (other != of_all[0]).any()]
+    if not wrong and not remote:
+        path = os.path.join(workdir, TOKEN)
+        token = secrets.token_hex(16)
+        if jax.process_index() == 0:
+            try:
+                paths.write_whole(path, token)
+            except OSError as e:
+                raise UserError(f"--workdir: '{workdir}' cannot be written: {e.strerror}") from None
+        sent = multihost_utils.broadcast_one_to_all(np.frombuffer(token.encode(), np.uint8))
+        token = np.asarray(sent, np.uint8).tobytes().decode()
+        seen = multihost_utils.process_allgather(np.array(_holds(path, token)))
+        if jax.process_index() == 0:
+            os.unlink(path)
+        wrong = np.flatnonzero(~seen).tolist()
+    if wrong:
+        raise UserError(
+            f"--workdir must be one folder that all processes see: '{workdir}' of process"
+            f" {jax.process_index()} is not the same one on process {wrong[0]} as on process 0:"
+            " name a folder of a network disk, or a bucket (gs://BUCKET/RUN)"
+        )
+
+
+def _holds(path: str, token: str) -> bool:
+    """Whether a file says so, within the time that a network disk takes to show it."""
+    deadline = time.monotonic() + _SHOWN
+    while True:
+        with contextlib.suppress(OSError):
+            if paths.read_text(path) == token:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+
+
+def known_to_first(step: int | None) -> int | None:
+    """What process 0 says: another's listing of a network disk may be older."""
+    if jax.process_count() == 1:
+        return step
+    said = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return None if said < 0 else said
 
 
 def made_once(make: Callable[[], Tokenizer]) -> Tokenizer:

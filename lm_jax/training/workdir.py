@@ -26,9 +26,10 @@ from lm_jax.data.sources import documents
 from lm_jax.data.tokenizer import Tokenizer, load_tokenizer, text_to_learn_from, train_tokenizer
 from lm_jax.errors import UserError
 
+TOKEN = "seen_by_all"  # a file that is there while several processes look whether all see it
 # What a run that failed before its first step may leave: such a folder is free.
 _OWN = {"checkpoints", "tokenizer", "tokenizer.tmp", "config.json.tmp", "lock", "lost+found"}
-_OWN |= {"base.json", "base.json.tmp"}
+_OWN |= {"base.json", "base.json.tmp", TOKEN, TOKEN + ".tmp"}
 
 
 def read_config(workdir: str) -> Config:
