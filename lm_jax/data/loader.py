@@ -1,12 +1,12 @@
 """Streams of training batches that do not depend on hosts, workers or restarts.
 
 There are `DataConfig.lanes` lanes. Lane l reads every lanes-th document of the shuffled, repeated
-corpus, from the l-th on, and packs them into rows of its own. With R = batch_size / lanes, rows
-l R to (l + 1) R of each global batch are the next R rows of lane l. Process p of P owns lanes
-p lanes / P to (p + 1) lanes / P, so its rows are one block of the global batch, and that batch is
-the same whatever P is. (P counts the processes that have rows of their own. On a mesh whose devices
-are arranged so that a process has several blocks, the same rows stand in another order.) Within a process a thread or worker processes read the lanes, which changes
-nothing either.
+corpus, from the l-th on, and packs them into rows of its own. With R = batch_size / lanes, rows l R
+to (l + 1) R of each global batch are the next R rows of lane l. Process p of P owns lanes p lanes /
+P to (p + 1) lanes / P, so its rows are one block of the global batch, and that batch is the same
+whatever P is. (P counts the processes that have rows of their own. On a mesh whose devices are
+arranged so that a process has several blocks, the same rows stand in another order.) Within a
+process a thread or worker processes read the lanes, which changes nothing either.
 """
 
 import json

@@ -5,11 +5,11 @@ device: N tokens, G experts, M = N min(K, G) rows.
 
 No token is dropped. What tokens ask of a device's experts is sorted by expert into one buffer of M
 rows and multiplied by the experts in one grouped product (`jax.lax.ragged_dot`; on TPUs a kernel
-that skips the rows that are not used, on CPUs each row times each expert). The devices along `mesh.expert` share the experts out, and
-the batch: each gathers the group's tokens, works for those that its experts are to have, and the
-results are summed and scattered back to whose tokens they are. Those along `mesh.tensor` have a
-part of each expert's width, and are part of that exchange where the residual stream is split over
-them too.
+that skips the rows that are not used, on CPUs each row times each expert). The devices along
+`mesh.expert` share the experts out, and the batch: each gathers the group's tokens, works for those
+that its experts are to have, and the results are summed and scattered back to whose tokens they
+are. Those along `mesh.tensor` have a part of each expert's width, and are part of that exchange
+where the residual stream is split over them too.
 
 Memory: since all tokens may want the same expert, M is the least that holds every case, however
 tokens travel; an all-to-all of the chosen tokens alone would move K / G of the bytes here, into a

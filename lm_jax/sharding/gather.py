@@ -21,8 +21,8 @@ def gather(x: jax.Array, wanted: P | None, summed: tuple[str, ...]) -> jax.Array
     part: the sums are scattered as they are added. Left to the compiler, every device gets all of
     every sum (twice the traffic, and a whole gradient in memory), and throws most of it away.
 
-    Sums over devices are of the dtype of `x`: bfloat16 for weights that are used in it, as what each
-    device adds already is.
+    Sums over devices are of the dtype of `x`: bfloat16 for weights that are used in it, as is what
+    each device adds.
     """
     if wanted is None:
         return x
