@@ -125,7 +125,7 @@ def cells(row: tuple, got: dict) -> tuple[str, ...]:
 def _without_kernels(estimate: dict) -> str:
     """MFU by the compiler's cycles alone; it says nothing where kernels do most of the work."""
     if estimate["kernels"] > estimate["computing"] / 2:
-        return "–"
+        return "-"
     return f"{estimate['model_flops'] / (estimate['computing'] * estimate['peak']):.0%}"
 
 
