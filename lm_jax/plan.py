@@ -23,7 +23,7 @@ _JSON = flags.DEFINE_bool("json", False, "One JSON object on stdout, and nothing
 _SEARCH = flags.DEFINE_bool(
     "search", False, "Try meshes, rematerialization and parts of the batch, and rank what fits."
 )
-_MINUTES = flags.DEFINE_float("search_minutes", 10.0, "How long to search, about.", 0.0)
+_MINUTES = flags.DEFINE_float("search_minutes", 10.0, "How long to search, about.")
 
 
 def main(argv: list[str]) -> None:
@@ -31,6 +31,9 @@ def main(argv: list[str]) -> None:
     config = cli.config_of(_CONFIG)
     if not _TOPOLOGY.value:
         raise UserError("for what? give --topology=v5e:4x4, say (--help names the chips)")
+
+    if not _MINUTES.value > 0:
+        raise UserError(f"--search_minutes: must be above 0, not {_MINUTES.value:g}")
 
     from lm_jax.planning import environment
 

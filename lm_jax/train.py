@@ -19,6 +19,9 @@ _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Of several processes: HOST:PORT, the host of process 0 and a free port."
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes train together.", 1)
+_VALIDATE_ONLY = flags.DEFINE_bool(
+    "validate_only", False, "Check the arguments, as far as that needs no text, and end."
+)
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0 on.", 0)
 
 
@@ -29,6 +32,8 @@ def main(argv: list[str]) -> None:
         config = validate(config)
     if not _WORKDIR.value:
         raise UserError("where to? give --workdir=DIR")
+    if _VALIDATE_ONLY.value:
+        return
 
     from lm_jax import runtime
 

@@ -58,6 +58,7 @@ def test_what_does_not_fit_comes_with_what_does():
     ("flags", "said"),
     [
         ((), "give --topology=v5e:4x4"),
+        (("--topology=v5e:2x2", "--search", "--search_minutes=0"), "must be above 0, not 0"),
         (("--topology=v5q:2x2",), "no chip is called 'v5q'"),
         (("--topology=v5e:2x2", "--config.mesh.fsdp=3"), "does not fit 4 device"),
         (("--topology=v5e:2x2", "--config.tokenizer.kind=characters"), "--config.model.vocab_size"),

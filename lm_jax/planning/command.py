@@ -9,9 +9,9 @@ from lm_jax.planning import report as report_lib
 from lm_jax.planning.environment import quiet
 from lm_jax.planning.program import compile_step
 from lm_jax.planning.recipe import resolve
-from lm_jax.planning.search import search
-from lm_jax.planning.suggest import suggest
-from lm_jax.planning.topology import devices_of, parse_topology
+from lm_jax.planning.search import AS_IT_IS, Found, search
+from lm_jax.planning.suggest import SECONDS, suggest
+from lm_jax.planning.topology import Topology, devices_of, parse_topology
 from lm_jax.sharding.mesh import make_mesh
 
 
@@ -37,13 +37,15 @@ def plan(
     with quiet():
         devices = devices_of(wanted)
     if search_minutes is not None:
-        rows = search(config, wanted, devices, masking, minutes=search_minutes, say=_say)
-        print(json.dumps([r.to_json() for r in rows]) if as_json else _table(rows, wanted))
-        return 0 if rows else 1
+        found = search(config, wanted, devices, masking, minutes=search_minutes, say=_say)
+        print(json.dumps(found.to_json()) if as_json else table(found, wanted, search_minutes))
+        return 0 if found.rows else 1
     program = compile_step(config, make_mesh(config.mesh, devices), masking)
     report = report_lib.make_report(config, wanted, program)
     if not report.fits:
-        report = suggest(report, masking, devices)
+        say = _say if sys.stderr.isatty() else _ignore  # a file needs no signs of life
+        say(f"does not fit {wanted}; looking for what does, for about {SECONDS:.0f} s at most")
+        report = suggest(report, masking, devices, SECONDS, say)
     if as_json:
         print(json.dumps(report_lib.to_json(report)))
     else:
@@ -55,14 +57,22 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _table(rows: list, wanted) -> str:
-    if not rows:
-        return f"nothing that was tried fits {wanted}"
+def _ignore(line: str) -> None:
+    pass
+
+
+def table(found: Found, topology: Topology, minutes: float) -> str:
+    """A search's rows for a person, and how much of what there is was tried."""
+    many = f"{found.tried} of {found.candidates} tried"
+    if found.tried < found.candidates:
+        many += f" in {minutes:g} minute{'s' * (minutes != 1)}; --search_minutes gives more"
+    if not found.rows:
+        return f"nothing that was tried fits {topology}: {many}"
     lines = ["   MFU, estimated   step, s           GiB   flags"]
-    for row in rows:
+    for row in found.rows:
         low, high = row.mfu
         lines.append(
             f"   {low:>4.0%} to {high:>4.0%}     {row.fast:.3g} to {row.slow:.3g}".ljust(37)
-            + f"{row.total / 2**30:>6.2f}   {' '.join(row.flags)}"
+            + f"{row.total / 2**30:>6.2f}   {' '.join(row.flags) or AS_IT_IS}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, many])

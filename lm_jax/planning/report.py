@@ -167,6 +167,8 @@ def to_text(report: Report) -> str:
     if report.estimate is not None:
         sections.append(_estimate(report))
     sections.append("\n".join(f"note: {note}" for note in report.notes))
+    if not report.fits:
+        sections.append(_advice(report))
     return "\n\n".join(s for s in sections if s)
 
 
@@ -214,8 +216,6 @@ def _memory(report: Report) -> str:
         for b in program.buffers[: 8 if not report.fits else 4]:
             many = f"{b.count} x " if b.count > 1 else ""
             lines.append(f"  {_gib(b.bytes):>8}  {many}{b.shape}  {b.origin}")
-    if not report.fits:
-        lines.append(_advice(report))
     return "\n".join(lines)
 
 
@@ -257,6 +257,8 @@ def _estimate(report: Report) -> str:
     low, high = e.mfu
     tokens = data.batch_size * data.length
     again = e.executed_flops / e.model_flops - 1
+    cycles = report.topology.chip.flops_per_cycle is not None
+    source = "the compiler's cycles" if cycles else "products at 80% of the peak, or HBM"
     return "\n".join(
         [
             "estimate, not a measurement",
@@ -264,11 +266,13 @@ def _estimate(report: Report) -> str:
             f" {tokens / e.fast:,.0f} tokens/s, {low:.0%} to {high:.0%} MFU",
             f"  model FLOPs a step: {e.model_flops:.4g} (6 a parameter and token, attention halved"
             f" where causal); executed: {again:+.0%}",
-            f"  a device, in s: computing {e.computing:.3g} (the compiler's cycles), kernels"
+            f"  a device, in s: computing {e.computing:.3g} ({source}), kernels"
             f" {e.kernels:.3g}, HBM {e.memory:.3g}, collectives {e.waiting:.3g} alone and"
             f" {e.beside:.3g} beside computation",
-            f"  {e.compiler:.3g} s if all that can run at the same time does, by the compiler's"
-            f" cycles; {e.sequence:.3g} s if nothing does, with products at 70% of the peak",
+            "  the range is that of two models, which time products each in their own way; either"
+            " may say less:",
+            f"    {e.compiler:.3g} s: products by {source}; what can run at the same time does",
+            f"    {e.sequence:.3g} s: products at 70% of the peak; one thing runs after the other",
             "  left out: reading data, logging, saving, waiting for other hosts, latencies",
         ]
     )

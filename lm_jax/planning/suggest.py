@@ -19,6 +19,7 @@ from lm_jax.training.masking import Masking
 
 Changes = dict[str, Any]
 _TRIES = 16
+SECONDS = 100.0  # after which a search for what fits gives up
 
 
 def flags_of(changes: Changes) -> tuple[str, ...]:
@@ -41,7 +42,7 @@ def suggest(
     report: Report,
     masking: Masking | None,
     devices: list[jax.Device],
-    seconds: float = 100.0,
+    seconds: float = SECONDS,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """`report`, of a config that does not fit, with changes with which it does.

@@ -51,6 +51,8 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     Raises:
       UserError: it is none; the message names the nearest.
     """
+    if match := re.fullmatch(r"(v4|v5litepod|v5e|v5p|v6e|tpu7x)-(\d+)", text.strip().lower()):
+        raise UserError(_of_a_type(text, match[1], int(match[2])))
     name, _, dims = text.strip().lower().partition(":")
     if name not in CHIPS:
         near = difflib.get_close_matches(name, CHIPS, n=1, cutoff=0.3)
@@ -90,6 +92,19 @@ def _gpus(chip: Chip, shape: tuple[int, ...], slices: int, text: str) -> Topolog
             f"--topology: '{text}' is no node of GPUs: h100:8 has 8, h100:8x4 is four such nodes"
         )
     return Topology(chip, (*shape, 1)[:2])
+
+
+def _of_a_type(text: str, generation: str, number: int) -> str:
+    """What to give instead of a type as Cloud names it, such as v5litepod-16."""
+    name = {"v5litepod": "v5e"}.get(generation, generation)
+    chip, cores = CHIPS[name], 1 if name in ("v5e", "v6e") else 2
+    count = number // cores
+    shape = "1x1" if (chip.dimensions, count) == (2, 1) else _nearest_shape(chip, count)
+    counted = "cores, two a chip" if cores == 2 else "chips"
+    return (
+        f"--topology: '{text}' is a type of Google Cloud's, whose number counts {counted}; here the"
+        f" shape of the slice is said: did you mean '{name}:{shape}'?"
+    )
 
 
 def _nearest_shape(chip: Chip, count: int) -> str:

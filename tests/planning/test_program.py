@@ -1,6 +1,7 @@
 """A step compiled for the CPU devices that are there, against what is known about it."""
 
 import dataclasses
+import itertools
 import math
 import types
 
@@ -8,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import BERT, LLAMA, on_devices, run_config
+from tiny_models import BERT, LLAMA, MOE, on_devices, run_config
 
 from lm_jax.config import Config, ModelConfig, MoeConfig
 from lm_jax.errors import UserError
 from lm_jax.model import parameters as params_lib
+from lm_jax.planning import command
 from lm_jax.planning import program as program_lib
 from lm_jax.planning import report as report_lib
 from lm_jax.planning import search as search_lib
@@ -26,7 +28,7 @@ from lm_jax.planning.report import make_report, to_json, to_text
 from lm_jax.planning.suggest import suggest
 from lm_jax.planning.topology import Topology
 from lm_jax.planning.work import Work, traced_work
-from lm_jax.sharding.mesh import batch_shards
+from lm_jax.sharding.mesh import AXES, batch_shards
 from lm_jax.training.program import abstract_batch, abstract_state, jit_train_step
 from lm_jax.training.step import make_step
 
@@ -181,7 +183,7 @@ def test_a_suggestion_fits_and_is_not_more_than_needed():
     assert not report.fits
     report = suggest(report, None, list(mesh.devices.flat))
     assert report.suggestion is not None and report.suggestion.total <= report.hbm
-    assert " ".join(report.suggestion.flags) in to_text(report)
+    assert to_text(report).splitlines()[-1].strip() == " ".join(report.suggestion.flags)
     assert "data.batch_size" not in str(report.suggestion.flags)
 
 
@@ -242,13 +244,59 @@ def test_a_search_ranks_what_fits(monkeypatch):
     lines = []
     monkeypatch.setattr(search_lib, "_candidates", lambda *_: iter(CANDIDATES))
     devices = list(on_devices((8, 1, 1)).devices.flat)
-    rows = search_lib.search(STEP, topology(), devices, None, minutes=5, say=lines.append)
-    assert len(rows) == len(lines) == 2
+    found = search_lib.search(STEP, topology(), devices, None, minutes=5, say=lines.append)
+    rows = found.rows
+    assert len(rows) == 2 and found.tried == found.candidates == len(lines) == 3
+    assert search_lib.AS_IT_IS in lines[0] and "cannot be: mesh: data 3" in lines[2]
     assert rows[0].mfu[0] * rows[0].mfu[1] >= rows[1].mfu[0] * rows[1].mfu[1]
     assert {" ".join(row.flags) for row in rows} == {
-        "--config.mesh.data=8",
+        "",  # data 8 is the config as it is
         "--config.mesh.data=4 --config.mesh.fsdp=2",
     }
+    assert command.table(found, topology(), 5).splitlines()[-1] == "3 of 3 tried"
+
+
+def test_a_search_that_is_short_tries_the_config_and_then_another_mesh_each(monkeypatch):
+    config = run_config(LLAMA, rows=64)
+    config.mesh.data, config.mesh.tensor = 4, -1  # dear, but the user's own
+    tried = []
+
+    def compile_step(candidate, mesh, masking):
+        tried.append((tuple(mesh.shape.values()), candidate))
+        raise UserError("not now")
+
+    monkeypatch.setattr(search_lib, "compile_step", compile_step)
+    devices = list(on_devices((8, 1, 1)).devices.flat)
+    found = search_lib.search(config, topology(), devices, None, minutes=5)
+    meshes = [mesh for mesh, _ in tried]
+    different = set(meshes)
+    assert tried[0][1] == config and len(different) > 5
+    first = meshes[1 : len(different) + 1]
+    assert set(first) == different, "a mesh came twice before another came"
+    assert len(set(map(str, tried))) == found.tried == found.candidates
+
+    clock = itertools.count()  # a second each time that it is read
+    monkeypatch.setattr(search_lib.time, "monotonic", lambda: next(clock))
+    found = search_lib.search(config, topology(), devices, None, minutes=5 / 60)
+    assert 0 < found.tried < 6 and not found.rows
+    said = command.table(found, topology(), 2)
+    assert f"{found.tried} of {found.candidates} tried in 2 minutes; --search_minutes" in said
+
+
+def test_a_search_shares_experts_out_and_counts_all_of_them():
+    config = run_config(MOE, rows=64)
+    candidates = list(search_lib._candidates(config, topology()))
+    assert {c["mesh.expert"] for c in candidates} >= {1, 2, 4}
+    for c in candidates:
+        assert math.prod(c[f"mesh.{axis}"] for axis in AXES) == 8
+    # As many experts as fill a device, of which a token goes to one.
+    config.model.moe.experts, config.model.moe.experts_per_token = 2**18, 1
+    c = candidates[0] | {f"mesh.{axis}": 1 for axis in AXES}
+    whole, shared = c | {"mesh.data": 8}, c | {"mesh.expert": 8}
+    assert search_lib._cost(config, shared, topology()) < search_lib._cost(
+        config, whole, topology()
+    )
+    assert search_lib._cost(config, whole, topology()) > 1e6
 
 
 CANDIDATES = [
@@ -257,6 +305,7 @@ CANDIDATES = [
         "mesh.fsdp": fsdp,
         "mesh.tensor": 1,
         "mesh.sequence": 1,
+        "mesh.expert": 1,
         "model.remat": "none",
         "training.accumulation": 1,
     }
@@ -271,6 +320,6 @@ def test_candidates_of_a_search_divide_the_devices_and_the_batch():
         assert math.prod(axes) == 8
         assert 32 % (changes["training.accumulation"] * axes[0] * axes[1]) == 0
         seen.add(tuple(changes.values()))
-    assert len({s[4] for s in seen}) == 5 and len({s[2] for s in seen}) > 1
+    assert len({s[5] for s in seen}) == 5 and len({s[2] for s in seen}) > 1
     costs = [search_lib._cost(config, c, topology()) for c in CANDIDATES[:2]]
     assert all(0 < c < 1 for c in costs)
