@@ -178,11 +178,35 @@ require_shared_workdir() {
   esac
 }
 
+# Fails with what training would say of its arguments, seen from the folder $1, if they are wrong.
+# Where there is no Python with what lm_jax needs, nothing is checked: this machine may have none.
+check_arguments() {
+  local python=${VENV:-$ROOT/.venv}/bin/python said
+  [ -x "$python" ] || return 0
+  said=$(cd "$1" && PYTHONPATH=$ROOT "$python" -m lm_jax.train "${COMMAND[@]}" --validate_only 2>&1) && return
+  case $said in
+    error:* | *$'\n'error:*) fail "in the arguments of training: ${said#*error: }" ;;
+  esac
+}
+
+# Prints which type has the shape $1, such as v5p:4x4x4, as lm_jax.plan names it.
+_type_of() {
+  local generation=${1%%:*} shape=${1#*:}
+  case $shape in *[!0-9x]* | x* | *x | *xx* | 0* | *x0*) generation='' ;; esac
+  case $generation in
+    v5e | v5litepod) echo "the type is v5litepod-$((${shape//x/*}))" ;;
+    v6e) echo "the type is v6e-$((${shape//x/*}))" ;;
+    v4 | v5p | tpu7x) echo "the type is $generation-$((2 * ${shape//x/*})), whose number counts cores, two a chip" ;;
+    *) echo "give a type such as v4-8, v5litepod-16, v5p-128, v6e-64 or tpu7x-64" ;;
+  esac
+}
+
 # Sets $GENERATION and $CHIPS from a TPU type such as v5p-128, whose number counts chips for v5e and
 # v6e, and for the others cores, two a chip.
 read_tpu_type() {
   local count=${1##*-} cores=2
   GENERATION=${1%-*}
+  case $1 in *:*[0-9]x[0-9]*) fail "--type=$1: that is a shape; $(_type_of "$1")" ;; esac
   case $GENERATION in
     v5litepod | v6e) cores=1 ;;
     v4 | v5p | tpu7x) ;;

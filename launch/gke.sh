@@ -97,6 +97,7 @@ if [ -z "$chips_per_host" ]; then
   [ "$CHIPS" -gt 1 ] || chips_per_host=1
 fi
 require_number chips-per-host 1
+[ ! -f "$ROOT/${RECIPE%%:*}" ] || check_arguments "$ROOT" # the image may have other recipes
 [ $((CHIPS % chips_per_host)) -eq 0 ] || fail "--chips-per-host=$chips_per_host does not divide the $CHIPS chips of $type"
 
 # A JSON string, which YAML reads too.

@@ -43,6 +43,7 @@ case $nodes:$WORKDIR in
   1:*) ;;
   *:/tmp/* | *:/var/tmp/* | *:/dev/shm/*) fail "--workdir=$WORKDIR is another folder on each of the $nodes nodes: give one that all of them see" ;;
 esac
+check_arguments "$PWD"
 require_tool sbatch "call this on a login node of the cluster"
 
 flags=("--job-name=$name" "--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus")

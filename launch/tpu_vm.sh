@@ -23,6 +23,7 @@
 #   --restarts=N       after preemptions; default: 100
 #   --delete           deletes the TPU in the end; without a command after --, at once
 #   --stop             lets a training save and end, and nothing else
+#                      Both alone need no --type, but --queued if the TPU was made with it.
 #   --dry-run          prints the commands instead of running them; needs no gcloud
 #
 # Training is detached from the ssh session: a lost connection, or Ctrl-C here, does not end it. The
@@ -52,11 +53,16 @@ STATE=''                # of the TPU, by `look`
 MADE=''                 # the type of the one that is there, if gcloud says so
 STATES=''               # of the training, one line a host, by `ask`
 
-require name type zone
+if [ ${#COMMAND[@]} -gt 0 ] || [ -z "$delete$stop" ]; then
+  require name type zone
+else
+  require name zone
+fi
 require_number node-count 1
 require_number restarts 0
-read_tpu_type "$type"
-if [ -z "$version" ]; then
+CHIPS=1
+[ -z "$type" ] || read_tpu_type "$type"
+if [ -n "$type" ] && [ -z "$version" ]; then
   case $GENERATION in # cloud.google.com/tpu/docs/runtimes
     v4) version="tpu-ubuntu2204-base" ;;
     v5litepod) version=v2-alpha-tpuv5-lite ;;
@@ -67,7 +73,7 @@ if [ -z "$version" ]; then
 fi
 # Up to 8 cores or chips are one host's; larger slices have 4 chips a host.
 hosts=1
-[ "${type##*-}" -le 8 ] || hosts=$((CHIPS / 4))
+[ -z "$type" ] || [ "${type##*-}" -le 8 ] || hosts=$((CHIPS / 4))
 hosts=$((hosts * node_count))
 [ "$node_count" -eq 1 ] || queued=yes
 
@@ -79,6 +85,7 @@ if [ ${#COMMAND[@]} -gt 0 ] || [ -z "$delete$stop" ]; then
     gs://*) ;;
     *yes) say "note: --workdir=$WORKDIR is on the TPU's disk, and lost with it at a preemption" ;;
   esac
+  check_arguments "$ROOT"
 fi
 require_tool gcloud "see cloud.google.com/sdk/docs/install"
 
@@ -265,7 +272,7 @@ finish() {
   if [ -n "$delete" ]; then
     remove || fail "$name could not be deleted, and goes on costing money: delete it by hand"
   elif [ -z "$DRY_RUN" ]; then
-    say "$name is kept, and costs money: delete it with $0 $(quoted "--name=$name" "--type=$type" "${place[0]}" ${project:+"--project=$project"} ${queued:+--queued}) --delete"
+    say "$name is kept, and costs money: delete it with $0 $(quoted "--name=$name" "${place[0]}" ${project:+"--project=$project"} ${queued:+--queued}) --delete"
   fi
   exit "$1"
 }

@@ -42,6 +42,13 @@ def test_a_mistyped_key_names_the_nearest(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_arguments_can_be_checked_without_a_run(corpus, tmp_path):
+    flags = [*tiny(corpus), f"--workdir={tmp_path / 'run'}", "--validate_only"]
+    assert commands.run("train", *flags, env=environment()) == (0, "", "")
+    assert "model.kv_heads" in fails(*flags, "--config.model.kv_heads=3")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_mistyped_value_names_the_choices(corpus, tmp_path):
     message = fails(*tiny(corpus, optimizer__name="adam"), f"--workdir={tmp_path / 'run'}")
     assert "optimizer.name" in message and "adamw" in message and "muon" in message

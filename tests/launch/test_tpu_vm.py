@@ -3,8 +3,10 @@
 import os
 import shlex
 import signal
+import sys
 import time
 
+import commands
 import pytest
 from fake_cloud import Cloud
 
@@ -42,6 +44,17 @@ def test_a_tpu_that_is_there_is_used_again_and_deleted_on_request(cloud):
     assert cloud.run("tpu_vm.sh", *tpu("--delete"), "--", *RUN)[0] == 0
     assert len(cloud.calls("create")) == 1 and len(cloud.trained()) == 2
     assert len(cloud.calls("delete")) == 1 and not cloud.state.exists()
+
+
+def test_deleting_and_stopping_need_only_the_name_and_the_place(cloud):
+    assert cloud.run("tpu_vm.sh", *tpu(), "--", *RUN)[0] == 0
+    where = ["--name=mine", "--zone=us-east5-b"]
+    code, _, err = cloud.run("tpu_vm.sh", *where, "--stop")
+    assert code == 0 and "worker.sh stop" in cloud.calls("ssh")[-1][-1], err
+    code, _, err = cloud.run("tpu_vm.sh", *where, "--delete")
+    assert code == 0 and not cloud.state.exists(), err
+    code, _, err = cloud.run("tpu_vm.sh", *where, "--delete", "--", *RUN)
+    assert code == 1 and "missing: --type" in err
 
 
 def test_a_preempted_tpu_is_made_anew_and_the_same_command_goes_on(cloud):
@@ -214,6 +227,9 @@ def test_hosts_must_share_the_workdir(cloud, kind, count, shared):
         (tpu("--restarts=x"), "--restarts=x: a whole number of 0 or more"),
         (tpu("--node-count=0"), "--node-count=0: a whole number of 1 or more"),
         (tpu(kind="v5e-8"), "Google's name for it is v5litepod-8"),
+        (tpu(kind="v5p:4x4x4"), "the type is v5p-128, whose number counts cores"),
+        (tpu(kind="v5e:4x4"), "the type is v5litepod-16"),
+        (tpu(kind="h100:8x4"), "give a type such as"),
         (tpu(kind="v5p-7"), "the number counts cores"),
         (tpu(kind="a100"), "give one such as"),
     ],
@@ -222,6 +238,25 @@ def test_mistakes_are_named_before_anything_is_done(cloud, args, said):
     code, out, err = cloud.run("tpu_vm.sh", *args)
     assert (code, out) == (1, "") and err.startswith("error: ") and said in err
     assert not cloud.calls()
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_arguments_of_training_are_checked_here_where_lm_jax_is_at_hand(cloud, more):
+    python = cloud.root / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho 'No module named lm_jax' >&2\nexit 1\n")
+    python.chmod(0o755)
+    wrong = [*RUN, "--config.mesh.dta=2"]
+    assert cloud.run("tpu_vm.sh", *tpu("--dry-run"), "--", *wrong)[0] == 0  # none that could check
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (cloud.root / "lm_jax").symlink_to(commands.ROOT / "lm_jax")
+    code, out, err = cloud.run("tpu_vm.sh", *tpu(*more), "--", *wrong)
+    assert (code, out) == (1, "") and not cloud.calls()
+    assert err.startswith("error: in the arguments of training: no config key 'mesh.dta'")
+    assert "did you mean 'mesh.data'" in err
+    right = [*RUN, "--config.mesh.data=2", "--config.data.sources=gs://bucket/text/"]
+    code, out, err = cloud.run("tpu_vm.sh", *tpu("--dry-run"), "--", *right)
+    assert code == 0 and "create mine" in out, err
 
 
 def test_a_dry_run_prints_commands_that_a_shell_reads_back_and_runs_none(cloud):
