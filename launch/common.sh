@@ -5,7 +5,7 @@
 # shellcheck disable=SC2034 # for those that source it
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 COMMAND=()  # what comes after --
-PASSED=()   # the values of --with
+PASSED=()   # the values of --with, or of --env
 DRY_RUN=''
 
 fail() {
@@ -116,11 +116,10 @@ parse_options() {
         ;;
     esac
     [ -n "$_value" ] || fail "--$_name is empty: --$_name=..."
-    if [ "$_name" = with ]; then
-      PASSED+=("$_value")
-    else
-      printf -v "${_name//-/_}" '%s' "$_value"
-    fi
+    case $_name in
+      with | env) PASSED+=("$_value") ;;
+      *) printf -v "${_name//-/_}" '%s' "$_value" ;;
+    esac
   done
 }
 

@@ -19,6 +19,7 @@
 #   --service-account=NAME  of Kubernetes. The pods are on the host's network, and so use the bucket
 #                           with the rights of the node pool's own account
 #   --namespace=NAME        default: default
+#   --env=NAME=VALUE        a variable of the training's environment; may be repeated
 #   --queue=NAME            a LocalQueue of Kueue, if the cluster has it
 #   --cluster=NAME          for the XPK command alone
 #   --dry-run               prints the manifest
@@ -31,7 +32,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-OPTIONS="name type topology chips-per-host slices image restarts service-account namespace queue cluster"
+OPTIONS="name type topology chips-per-host slices image restarts service-account namespace env queue cluster"
 SWITCHES="spot dry-run"
 name='' type='' topology='' chips_per_host='' slices=1 image='' restarts=10 service_account=''
 namespace=default queue='' cluster='' spot='' dry_run=''
@@ -110,6 +111,13 @@ json() {
   printf '"%s"' "$text"
 }
 
+# Pods of large slices come up minutes apart, and images are pulled meanwhile.
+variables='{name: LM_JAX_JOIN_SECONDS, value: "3600"}'
+for word in ${PASSED[@]+"${PASSED[@]}"}; do
+  key=${word%%=*}
+  case $key in '' | "$word" | [!A-Za-z_]* | *[!A-Za-z0-9_]*) fail "--env=$word: give --env=NAME=VALUE" ;; esac
+  variables="$variables, {name: $key, value: $(json "${word#*=}")}"
+done
 arguments=''
 for word in "${COMMAND[@]}"; do arguments="$arguments, $(json "$word")"; done
 xpk=(xpk workload create "--cluster=${cluster:-CLUSTER}" "--workload=$name" "--tpu-type=$xpk_type")
@@ -139,6 +147,7 @@ manifest() {
           SPOT) value=${spot:+'"true"'} ;;
           SERVICE_ACCOUNT) value=${service_account:+$(json "$service_account")} ;;
           IMAGE) value=$(json "$image") ;;
+          VARIABLES) value=$variables ;;
           ARGUMENTS) value=${arguments#, } ;;
           CHIPS) value=$chips_per_host ;;
           *) fail "launch/gke/jobset.yaml: nothing is known of {{$key}}" ;;

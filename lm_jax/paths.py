@@ -6,10 +6,12 @@ read in parts, such as text, is copied to the local disk first (`local_copy`), a
 orbax's own affair.
 """
 
+import concurrent.futures
 import contextlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -158,14 +160,22 @@ def append(path: str, text: str) -> None:
 
 
 class Log:
-    """A text file that grows. In a bucket it is written from time to time, and by `flush`."""
+    """A text file that grows.
+
+    In a bucket it is written from time to time, beside what else is done, and by `flush`. That the
+    bucket does not take it is said once; it is tried again with the next lines.
+    """
 
     def __init__(self, path: str):
         self._path, self._file, self._text, self._written = path, None, "", 0.0
+        self._uploads = self._upload = None
+        self._warned = False
         if not remote(path):
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        elif exists(path):
+            return
+        if exists(path):
             self._text = read_text(path)
+        self._uploads = concurrent.futures.ThreadPoolExecutor(1, "lm_jax-log")
 
     def write(self, text: str) -> None:
         if self._file is not None:
@@ -174,17 +184,36 @@ class Log:
             return
         self._text += text
         if time.monotonic() - self._written > _UPLOAD_EVERY:
-            self.flush()
+            self._start()
 
     def flush(self) -> None:
+        """What was written so far is in the file, if it can be."""
         if self._file is None:
-            write_whole(self._path, self._text)
-            self._written = time.monotonic()
+            self._start()
+            self._upload.result()
 
     def close(self) -> None:
-        self.flush()
         if self._file is not None:
             self._file.close()
+            return
+        self.flush()
+        self._uploads.shutdown()
+
+    def _start(self) -> None:
+        if self._upload is not None:
+            self._upload.cancel()  # if it has not begun: this one has all of its lines
+        self._written = time.monotonic()
+        self._upload = self._uploads.submit(self._put, self._text)
+
+    def _put(self, text: str) -> None:
+        try:
+            write_whole(self._path, text)
+        except (OSError, UserError) as e:
+            if not self._warned:
+                print(f"warning: {self._path} is not written now: {e}", file=sys.stderr, flush=True)
+            self._warned = True
+        else:
+            self._warned = False
 
 
 @contextlib.contextmanager

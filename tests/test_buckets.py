@@ -135,6 +135,26 @@ def test_a_log_is_whole_when_it_is_flushed(folder, tmp_path):
     assert paths.read_text(path).splitlines() == ["one", "two", "three", "four"]
 
 
+def test_a_bucket_that_takes_no_log_for_a_while_ends_nothing(monkeypatch, capsys):
+    path, write_whole = "memory://logs/away", paths.write_whole
+
+    def away(path: str, text: str) -> None:
+        raise OSError("503: try again")
+
+    monkeypatch.setattr(paths, "write_whole", away)
+    log = paths.Log(path)
+    for line in ("one\n", "two\n"):
+        log.write(line)
+        log.flush()
+    assert not paths.exists(path)
+    monkeypatch.setattr(paths, "write_whole", write_whole)
+    log.write("three\n")
+    log.close()
+    assert paths.read_text(path) == "one\ntwo\nthree\n"
+    said = capsys.readouterr().err
+    assert said.count("503: try again") == 1 and path in said
+
+
 def test_a_run_lives_in_a_bucket(bucket, monkeypatch, tmp_path):
     """It trains, goes on, is evaluated, started from and exported, as one on a disk does."""
     from orbax.checkpoint._src.path import gcs_utils

@@ -161,13 +161,14 @@ class Stream(Iterator[Batch]):
         `state` holds the states of all lanes of the job, or at least those of this process.
 
         Raises:
-          UserError: a lane is missing.
+          UserError: a lane is missing, or there were more.
         """
-        missing = [lane for lane in self._state if lane not in state]
-        if missing:
+        known = {str(lane) for lane in range(self._config.lanes)}
+        if not self._state.keys() <= state.keys() <= known:
             raise UserError(
-                f"the saved position in the data has no lane {missing[0]}: it holds lanes "
-                f"{', '.join(state) or 'none'}, but data.lanes = {self._config.lanes}"
+                f"data.lanes = {self._config.lanes}, but the saved position in the data is that of"
+                f" {len(state)} lanes, and each has read other documents: set data.lanes ="
+                f" {len(state)}, or start anew in another workdir"
             )
         self.close()
         self._state = {lane: state[lane] for lane in self._state}

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Collection
 
 from lm_jax.config import Config
@@ -40,12 +41,14 @@ def plan(
         found = search(config, wanted, devices, masking, minutes=search_minutes, say=_say)
         print(json.dumps(found.to_json()) if as_json else table(found, wanted, search_minutes))
         return 0 if found.rows else 1
+    begun = time.monotonic()
     program = compile_step(config, make_mesh(config.mesh, devices), masking)
     report = report_lib.make_report(config, wanted, program)
     if not report.fits:
         say = _say if sys.stderr.isatty() else _ignore  # a file needs no signs of life
-        say(f"does not fit {wanted}; looking for what does, for about {SECONDS:.0f} s at most")
-        report = suggest(report, masking, devices, SECONDS, say)
+        left = max(SECONDS - (time.monotonic() - begun), SECONDS / 4)
+        say(f"does not fit {wanted}; looking for what does, for about {left:.0f} s at most")
+        report = suggest(report, masking, devices, left, say)
     if as_json:
         print(json.dumps(report_lib.to_json(report)))
     else:

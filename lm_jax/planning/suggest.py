@@ -19,7 +19,7 @@ from lm_jax.training.masking import Masking
 
 Changes = dict[str, Any]
 _TRIES = 16
-SECONDS = 100.0  # after which a search for what fits gives up
+SECONDS = 100.0  # after which, with the first compilation, a search for what fits gives up
 
 
 def flags_of(changes: Changes) -> tuple[str, ...]:

@@ -197,8 +197,10 @@ def test_lanes_that_do_not_fit_are_an_error(tmp_path):
     with pytest.raises(UserError, match="3 processes cannot share 4 lanes"):
         train_stream(config, TOKENIZER, seed=0, process_index=0, process_count=3)
     stream = train_stream(config, TOKENIZER, seed=0)
-    with pytest.raises(UserError, match=r"no lane 2: it holds lanes 0, 1, .*data\.lanes = 4"):
+    with pytest.raises(UserError, match=r"data\.lanes = 4, but .* that of 2 lanes"):
         stream.set_state({"0": None, "1": None})
+    with pytest.raises(UserError, match=r"data\.lanes = 4, but .* that of 8 lanes"):
+        stream.set_state({str(lane): None for lane in range(8)})
 
 
 SCRIPT = """

@@ -128,3 +128,14 @@ def test_the_image_is_made_of_what_is_there():
 def test_mistakes_are_named(cloud, args, said):
     code, out, err = cloud.run("gke.sh", *args)
     assert (code, out) == (1, "") and err.startswith("error: ") and said in err
+
+
+def test_variables_of_the_environment(cloud):
+    *_, pod = manifest(cloud, '--env=A_1=b c="d"', "--env=EMPTY=")
+    (container,) = pod["containers"]
+    found = {v["name"]: v["value"] for v in container["env"]}
+    assert found["A_1"] == 'b c="d"' and found["EMPTY"] == ""
+    assert float(found["LM_JAX_JOIN_SECONDS"]) > 300
+    for wrong in ("A", "=b", "1A=b", "A-B=c"):
+        code, _, err = cloud.run("gke.sh", "--dry-run", *job(f"--env={wrong}"))
+        assert code == 1 and f"--env={wrong}: give --env=NAME=VALUE" in err
