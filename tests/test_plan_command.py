@@ -52,6 +52,8 @@ def test_what_does_not_fit_comes_with_what_does():
     assert "DOES NOT FIT: needs" in out and "this fits" in out
     flags = shlex.split(out.split("add:\n")[1].splitlines()[0])
     assert flags[0] == "--config.model.remat=full"
+    code, out, err = plan("--topology=v5e:2x2", *flags, data__batch_size=32768)
+    assert (code, err) == (0, "") and ": fits" in out
 
 
 @pytest.mark.parametrize(
