@@ -134,3 +134,31 @@ _explain() {
   fi
   fail "pip could not install lm_jax; its output is above and in $1"
 }
+
+# Sees to it that there is a Chromium, or says how to get one: tests of pages need it, others not.
+find_browser() {
+  local name log=$VENV/lm_jax-chromium.log sudo='' started=$SECONDS
+  for name in ${CHROMIUM:+"$CHROMIUM"} chromium chromium-browser google-chrome; do
+    if command -v "$name" >/dev/null; then return 0; fi
+    [ -z "${CHROMIUM:-}" ] || fail "CHROMIUM=$CHROMIUM: there is no such program"
+  done
+  if command -v apt-get >/dev/null; then
+    if [ "$(id -u)" = 0 ]; then
+      sudo='env'
+    elif sudo -n true 2>/dev/null; then
+      sudo='sudo -n env'
+    fi
+  fi
+  if [ -n "$sudo" ]; then
+    say "installing Chromium, which pages are tested in (once, about a minute) ..."
+    # shellcheck disable=SC2086 # words
+    if { $sudo apt-get update -qq && $sudo DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+      --no-install-recommends chromium; } </dev/null >"$log" 2>&1 && command -v chromium >/dev/null; then
+      say "installed in $((SECONDS - started)) s"
+      return
+    fi
+    tail -n 5 "$log" >&2
+  fi
+  say "note: no Chromium here, and the tests that open pages will fail: install one (Debian:" \
+    "apt-get install chromium), or name it with CHROMIUM=/path/to/chrome"
+}

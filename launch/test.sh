@@ -3,12 +3,15 @@
 #
 #   launch/test.sh [PYTEST ARGUMENTS ...]
 #
-# See launch/environment.sh for the variables PYTHON and VENV.
+# See launch/environment.sh for the variables PYTHON and VENV. CHROMIUM names the browser that pages
+# are opened in; default: one that is on the PATH, else it is installed with apt-get, where that can
+# be had.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 make_environment test
+find_browser
 
 cd "$ROOT"
 export JAX_PLATFORMS=cpu

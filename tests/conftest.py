@@ -11,5 +11,6 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 
+pytest_plugins = ["browser"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 assert jax.device_count() == 8, "the tests need 8 simulated devices"

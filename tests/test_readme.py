@@ -101,6 +101,7 @@ def checkout(tmp_path_factory) -> pathlib.Path:
 def done(checkout) -> str:
     """What the commands printed, all of them having succeeded."""
     env = commands.environment(cache=checkout / "cache") | {"TFDS_DATA_DIR": str(checkout / "tfds")}
+    env["CHROMIUM"] = sys.executable  # nothing is installed
     for variable in ("PYTHON", "VENV", "LM_JAX_EXTRAS"):
         env.pop(variable, None)
     for code in blocks("python"):

@@ -47,6 +47,7 @@ class Checkout:
 
     def start(self, script: str, *args: str, cwd: pathlib.Path | None = None, **env: str):
         inherited = {k: v for k, v in os.environ.items() if k not in ("VENV", "LM_JAX_EXTRAS")}
+        inherited["CHROMIUM"] = sys.executable  # so that none is installed
         return subprocess.Popen(
             ["bash", self.root / script, *args],
             cwd=cwd or self.root,
@@ -189,3 +190,45 @@ def test_tests_run_from_the_root_after_ruff(checkout, tmp_path, script):
     ruff += [root, "ruff", "format", "--check", "lm_jax", "tests"]
     assert out == [*ruff, root, "pytest", "-n", "auto", "--dist", "loadfile"]
     assert os.access(checkout.root / script, os.X_OK)
+
+
+def _alone(folder: pathlib.Path, **programs: str) -> dict[str, str]:
+    """Variables of a machine that has the usual tools, these shell scripts, and no Chromium."""
+    folder.mkdir()
+    for tool in _TOOLS:
+        (folder / tool).symlink_to(shutil.which(tool))
+    for name, script in programs.items():
+        (folder / name.replace("_", "-")).write_text("#!/bin/sh\n" + script)
+        (folder / name.replace("_", "-")).chmod(0o755)
+    return {"CHROMIUM": "", "PATH": str(folder)}
+
+
+@pytest.mark.parametrize(
+    "user, sudo, installs",
+    [(0, "exit 1", True), (1000, 'shift; "$@"', True), (1000, "exit 1", False)],
+    ids=["root", "sudo", "user"],
+)
+def test_a_browser_is_installed_where_that_can_be_done(checkout, tmp_path, user, sudo, installs):
+    folder = tmp_path / "bin"
+    apt = f'echo "$*" >>{tmp_path}/apt.log; [ "$1" = update ] || cp /bin/sh {folder}/chromium\n'
+    alone = _alone(folder, id=f"echo {user}\n", sudo=sudo, apt_get=apt)
+    code, out, err = checkout.run("launch/test.sh", **alone)
+    assert code == 0 and "pytest" in out
+    assert ("installing Chromium" in err) == installs == ("apt-get install chromium" not in err)
+    again = checkout.run("launch/test.sh", **alone)[2]
+    assert again == ("" if installs else err.splitlines(keepends=True)[-1])
+    log = tmp_path / "apt.log"
+    asked = ["update -qq", "install -y -qq --no-install-recommends chromium"]
+    assert (log.read_text().splitlines() if log.exists() else []) == (asked if installs else [])
+
+
+def test_without_a_way_to_a_browser_it_says_so_and_tests(checkout, tmp_path):
+    failing = "echo unable to locate package; exit 100\n"
+    for folder, programs, why in (
+        ("no apt", {"id": "echo 0\n"}, "note: no Chromium here"),
+        ("apt fails", {"id": "echo 0\n", "apt_get": failing}, "unable to locate package\nnote: no"),
+    ):
+        code, out, err = checkout.run("launch/test.sh", **_alone(tmp_path / folder, **programs))
+        assert code == 0 and "pytest" in out and why in err, folder
+    code, _, err = checkout.run("launch/test.sh", CHROMIUM="no-such-browser")
+    assert code == 1 and "error: CHROMIUM=no-such-browser" in err
