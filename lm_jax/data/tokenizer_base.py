@@ -9,6 +9,7 @@ import codecs
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -89,6 +90,18 @@ class Tokenizer(abc.ABC):
         if self.begin_id is None or (len(ids) and not self.bos_before_text):
             return ids
         return np.concatenate([np.array([self.begin_id], np.int32), ids])
+
+    def encode_with_specials(self, text: str) -> np.ndarray:
+        """The ids of a text that a chat template made, int32[n]: the names of special tokens are
+        read as these tokens, wherever they stand. For text of any other origin, use `encode`."""
+        by_name = {name: i for i, name in self.specials.items()}
+        longest_first = sorted(by_name, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
+        ids = [np.zeros(0, np.int32)]
+        for i, part in enumerate(re.split(f"({pattern})", text)):
+            if part:
+                ids.append(np.array([by_name[part]], np.int32) if i % 2 else self.encode(part))
+        return np.concatenate(ids)
 
     def frame(self, ids: np.ndarray) -> np.ndarray:
         """`ids` of a text by itself with what goes around it, int32[n].

@@ -95,6 +95,18 @@ class HuggingFaceTokenizer(Tokenizer):
         utf8(text)
         return np.asarray(self._hf.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def encode_with_specials(self, text: str) -> np.ndarray:
+        utf8(text)
+        return np.asarray(self._marked.encode(text, add_special_tokens=False).ids, np.int32)
+
+    @functools.cached_property
+    def _marked(self) -> Any:
+        """One of its own: what it reads as special is a setting, and threads may share this."""
+        tokenizer = parse(self._json)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
     def decode(self, ids: Iterable[int]) -> str:
         if self._pieces is not None:
             return super().decode(ids)

@@ -1,0 +1,205 @@
+"""Chat templates: conversations as the text that a published model was trained to continue.
+
+template = load_chat_template(folder)
+ids = template.encode(tokenizer, messages, add_generation_prompt=True)
+
+A template is a Jinja program that comes with a model. It runs in Jinja's sandbox, with the names,
+filters and settings that Transformers 5 gives it, for a bounded number of steps.
+"""
+
+import datetime
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm_jax import paths
+from lm_jax.data.tokenizer import load_tokenizer
+from lm_jax.data.tokenizer_base import Tokenizer
+from lm_jax.data.tokenizer_families import CONFIG
+from lm_jax.data.tokenizer_files import content
+from lm_jax.data.tokenizer_published import HuggingFaceTokenizer
+from lm_jax.errors import UserError
+
+FILE = "chat_template.jinja"
+_NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+_MOST_CHARACTERS = 4_000_000  # of a rendered conversation
+_MOST_STEPS = 200_000  # passes through loops and macros; takes less than a second
+_STEP = "lm_jax_step"  # the name by which they are counted
+
+Message = Mapping[str, Any]
+
+
+class ChatTemplate:
+    """A template, ready to render. It may be used by several threads at once.
+
+    Attributes:
+      text: the Jinja source.
+      specials: the text of 'bos_token', 'eos_token' and so on, which the template can name.
+    """
+
+    def __init__(self, text: str, specials: Mapping[str, str]):
+        """
+        Raises:
+          UserError: the template cannot be compiled.
+        """
+        import jinja2
+
+        self.text, self.specials = text, dict(specials)
+        try:
+            self._template = _environment().from_string(text)
+        except jinja2.TemplateSyntaxError as e:
+            raise UserError(f"the chat template, line {e.lineno}: {e.message}") from None
+        except (jinja2.TemplateError, RecursionError, ValueError) as e:
+            raise UserError(f"the chat template cannot be compiled: {e}") from None
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The conversation as text.
+
+        Args:
+          messages: objects with 'role' and 'content', as in OpenAI's interface. A key whose value
+            is None is left out.
+          add_generation_prompt: end with what begins an answer.
+
+        Raises:
+          UserError: there is no message; the template refuses these, fails, or does not come to an
+            end.
+        """
+        if not messages:
+            raise UserError("messages: there are none")
+        plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        given = {
+            "messages": plain,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            _STEP: _counter(),
+        }
+        parts, size = [], 0
+        try:
+            for part in self._template.generate(**self.specials, **given):
+                parts.append(part)
+                size += len(part)
+                if size > _MOST_CHARACTERS:
+                    raise UserError(f"it wrote more than {_MOST_CHARACTERS:,} characters")
+        except Exception as e:  # whatever Python raises for what the template does
+            reason = str(e) or type(e).__name__
+            raise UserError(f"the chat template does not take these messages: {reason}") from e
+        return "".join(parts)
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+    ) -> np.ndarray:
+        """The conversation as ids, int32[n], as `apply_chat_template` of Transformers has them.
+
+        Special tokens are read out of all of the text, and nothing is added before or behind.
+
+        Raises:
+          UserError: see `render`.
+        """
+        return tokenizer.encode_with_specials(self.render(messages, add_generation_prompt))
+
+
+def load_chat_template(path: str | Path) -> ChatTemplate | None:
+    """The template of a published model's folder, or of a run that began with one.
+
+    Args:
+      path: the folder, or a tokenizer's.
+
+    Returns:
+      None: there is none.
+
+    Raises:
+      UserError: there is no tokenizer either; it or the template cannot be read.
+    """
+    inner = f"{str(path).rstrip('/')}/tokenizer"  # a run's
+    return chat_template_of(load_tokenizer(inner if paths.isdir(inner) else path))
+
+
+def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template that came with a tokenizer, None if none did: that of chat_template.jinja, else
+    of tokenizer_config.json, and of several the one called 'default'.
+
+    Raises:
+      UserError: it cannot be compiled, or is no text.
+    """
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return None
+    config = json.loads(tokenizer.companions.get(CONFIG, b"{}"))
+    text = config.get("chat_template")
+    if isinstance(text, list):
+        named = [t for t in text if isinstance(t, dict) and t.get("name") == "default"]
+        text = named[0].get("template") if named else None
+    if FILE in tokenizer.companions:
+        try:
+            text = tokenizer.companions[FILE].decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{FILE}: not UTF-8") from None
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise UserError(f"{CONFIG}: chat_template is neither text nor a list of named ones")
+    names = {key: content(config.get(key)) for key in _NAMED}
+    return ChatTemplate(text, {key: name for key, name in names.items() if name is not None})
+
+
+def _environment() -> Any:
+    """Jinja as Transformers sets it up, with each pass through a loop or macro counted."""
+    import jinja2
+    from jinja2 import ext, nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(ext.Extension):
+        """{% generation %} marks what the model says; here it is rendered like the rest."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja's own form)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("inside"), [], [], body).set_lineno(line)
+
+        def inside(self, caller: Callable[[], str]) -> str:
+            return caller()
+
+    class Environment(ImmutableSandboxedEnvironment):
+        def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
+            tree = super()._parse(source, name, filename)
+            for node in tree.find_all((nodes.For, nodes.Macro)):
+                call = nodes.Call(nodes.Name(_STEP, "load"), [], [], None, None)
+                node.body.insert(0, nodes.ExprStmt(call).set_lineno(node.lineno))
+            return tree
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        """Jinja's own escapes HTML."""
+        return json.dumps(
+            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+def _counter() -> Callable[[], None]:
+    left = _MOST_STEPS
+
+    def step() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise UserError(f"it took more than {_MOST_STEPS:,} steps: it may never end")
+
+    return step
