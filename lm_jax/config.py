@@ -77,6 +77,9 @@ class ModelConfig:
     mlp_width: int | None = None  # of an expert, if there are any; None: 4 x width
     max_length: int = 1024  # the longest sequence, in tokens
     causal: bool = True  # False: every token sees the whole of its document
+    # The tokens of a prompt see the whole of it, both ways; those after it see what is before them
+    # (the prefix LM of UniLM, Dong et al. 2019, and of T5, Raffel et al. 2020, section 3.2).
+    prefix_attention: bool = False
     norm: str = choice("layernorm", "rmsnorm")
     norm_epsilon: float = 1e-5
     # post: after each residual sum, as BERT; both: before and after each branch, as Gemma 2.

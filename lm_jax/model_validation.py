@@ -97,6 +97,7 @@ def model_checks(model: ModelConfig) -> Iterator[Check]:
         "model.windows",
         "a window is of earlier tokens: it needs model.causal = True",
     )
+    yield from _prefix_checks(model)
     yield (
         model.head != "none" or model.tied_head,
         "model.tied_head",
@@ -119,6 +120,23 @@ def model_checks(model: ModelConfig) -> Iterator[Check]:
     )
     yield from _expert_checks(model)
     yield from _adapter_checks(model)
+
+
+def _prefix_checks(model: ModelConfig) -> Iterator[Check]:
+    if not model.prefix_attention:
+        return
+    yield (
+        model.causal,
+        "model.prefix_attention",
+        "the tokens after a prefix see earlier ones only: it needs model.causal = True (and"
+        " data.objective 'next_token')",
+    )
+    yield not any(model.windows), "model.windows", "prefix attention has none: leave it ()"
+    yield (
+        model.attention in ("auto", "xla"),
+        "model.attention",
+        f"'{model.attention}' cannot do model.prefix_attention: use auto",
+    )
 
 
 def _expert_checks(model: ModelConfig) -> Iterator[Check]:

@@ -199,6 +199,18 @@ def _checks(config: Config) -> Iterator[Check]:
         f"data, fsdp, tensor, sequence, expert = {axes}: each at least 1, and at most one of them"
         " -1 (data is, unless you set it: mesh.data=1)",
     )
+    if model.prefix_attention:
+        yield (
+            mesh.sequence == 1,
+            "mesh.sequence",
+            f"rows of a model with model.prefix_attention stay whole: must be 1, not"
+            f" {mesh.sequence}",
+        )
+        yield (
+            not data.attend_across_documents,
+            "data.attend_across_documents",
+            "a prefix is one document's (model.prefix_attention): set it to False",
+        )
     profile = config.logging.profile_steps
     yield (
         len(profile) == 0 or (len(profile) == 2 and 0 < profile[0] <= profile[1]),

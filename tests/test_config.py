@@ -35,6 +35,8 @@ def config(**changes) -> Config:
 MASKED = {"data__objective": "masked", "model__causal": False, "model__head": "masked_lm"}
 ADAPTERS = {"model__lora__rank": 4, "init_from": "runs/base"}
 
+PREFIX = {"model__prefix_attention": True}
+
 EXPERTS = {"model__moe__experts": 4, "model__mlp_bias": False}
 
 WRONG = [
@@ -57,6 +59,14 @@ WRONG = [
     ("model.remat", {"model__remat": "most"}),
     ("model.windows", {"model__windows": (4, -1)}),
     ("model.windows", MASKED | {"model__windows": (4,)}),
+    ("model.prefix_attention", MASKED | PREFIX),
+    ("model.windows", PREFIX | {"model__windows": (4, 0)}),
+    ("model.attention", PREFIX | {"model__attention": "splash"}),
+    ("model.attention", PREFIX | {"model__attention": "ring"}),
+    ("model.attention", PREFIX | {"model__attention": "cudnn"}),
+    ("mesh.sequence", PREFIX | {"mesh__sequence": 2}),
+    ("mesh.sequence", PREFIX | {"mesh__sequence": -1, "mesh__data": 1}),
+    ("data.attend_across_documents", PREFIX | {"data__attend_across_documents": True}),
     ("model.head", {"model__head": "lm"}),
     ("model.head", {"model__head": "none"}),
     ("model.head model.tied_head", {"model__head": "none", "model__tied_head": False}),
@@ -150,6 +160,7 @@ WRONG = [
 def test_what_cannot_work_is_refused_by_name(key, changes):
     validate(config())
     validate(config(**ADAPTERS))
+    validate(config(**PREFIX, model__attention="xla"))
     validate(
         config(**EXPERTS, **ADAPTERS, training__balance_loss=0.01, training__router_z_loss=1.0)
     )

@@ -262,8 +262,12 @@ def prefill(
     """
     B, T = tokens_BT.shape
     tokens_BT = reshard(tokens_BT, activation_spec("batch", None))
+    prefix_BT = None
+    if model.config.prefix_attention:  # the prompt, without the padding behind it
+        lengths_B1 = reshard(rows.position_B, activation_spec("batch"))[:, None]
+        prefix_BT = jnp.arange(T)[None] < lengths_B1
     # Attention over the prompt alone, not over the empty slots that follow.
-    x_BTD, cache = model(tokens_BT, cache=init_cache(model.config, B, T))
+    x_BTD, cache = model(tokens_BT, prefix_BT=prefix_BT, cache=init_cache(model.config, B, T))
     cache = lengthen(cache, slots)
     last_B1 = reshard(rows.position_B, activation_spec("batch"))[:, None] - 1
     is_last_BT = jnp.arange(T)[None] == last_B1

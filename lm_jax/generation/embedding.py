@@ -100,7 +100,9 @@ def _pooled(
     lengths_B1 = reshard(lengths_B, activation_spec("batch"))[:, None]
     place_1T = jnp.arange(tokens_BT.shape[1])[None]
     segments_BT = (place_1T < lengths_B1).astype(jnp.int32)
-    x_BTD, _ = model(tokens_BT, segments_BT=segments_BT)
+    # A text is read as a prompt is: both ways, where the model does so.
+    prefix_BT = segments_BT > 0 if model.config.prefix_attention else None
+    x_BTD, _ = model(tokens_BT, segments_BT=segments_BT, prefix_BT=prefix_BT)
     match kind:
         case "mean":
             weights_BT = segments_BT / lengths_B1

@@ -32,13 +32,16 @@ def attention_mask(
     key_length: int,
     query_segments: jax.Array | None = None,
     key_segments: jax.Array | None = None,
+    key_prefix: jax.Array | None = None,
     window: int = 0,
 ) -> jax.Array | None:
-    """Which keys a query sees: earlier ones or itself if `causal`, and of its own segment only.
+    """Which keys a query sees, of its own segment only: earlier ones or itself if `causal`, and
+    those of the prefix.
 
     Args:
       query_index: int32 [B or 1, T], the place of each query among the keys.
       query_segments, key_segments: int32 [B, T] and [B, S]; None: one segment.
+      key_prefix: bool [B, S], see `prefix_of`; None: no segment has a prefix.
       window: a causal query sees so many keys, itself included (Beltagy et al. 2020); 0: all.
 
     Returns:
@@ -50,10 +53,32 @@ def attention_mask(
         mask_BTS = back_BTS >= 0
         if window:
             mask_BTS &= back_BTS < window
+        if key_prefix is not None:
+            mask_BTS = mask_BTS | key_prefix[:, None, :]
     if query_segments is not None:
         same_BTS = query_segments[:, :, None] == key_segments[:, None, :]
         mask_BTS = same_BTS if mask_BTS is None else mask_BTS & same_BTS
     return mask_BTS
+
+
+def prefix_of(marked_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """Which tokens are of their segment's prefix, bool [B, T]: those marked before the first one
+    that is not.
+
+    A mark behind that one does not count: tokens of the prefix would see it, and through it what
+    stands between and is to be predicted.
+
+    Args:
+      segments_BT: the tokens of a segment stand together. None: one segment.
+    """
+    places_BT = jnp.broadcast_to(jnp.arange(marked_BT.shape[1])[None], marked_BT.shape)
+    begins_BT = jnp.zeros_like(places_BT)
+    if segments_BT is not None:
+        changes_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+        changes_BT = jnp.pad(changes_BT, ((0, 0), (1, 0)))
+        begins_BT = jax.lax.cummax(jnp.where(changes_BT, places_BT, 0), axis=1)
+    unmarked_BT = jax.lax.cummax(jnp.where(marked_BT, -1, places_BT), axis=1)
+    return unmarked_BT < begins_BT
 
 
 def resolve_backend(config: ModelConfig, length: int) -> str:
@@ -62,17 +87,22 @@ def resolve_backend(config: ModelConfig, length: int) -> str:
     Raises:
       UserError: it was asked for, and cannot be had for this model, mesh or platform.
     """
+    width, parts, here = config.head_width, shards("length"), platform()
+    if config.prefix_attention and parts > 1:
+        raise UserError(f"mesh.sequence: must be 1 with model.prefix_attention, not {parts}")
     if config.attention == "xla":
         return "xla"
-    width, parts, here = config.head_width, shards("length"), platform()
     no_dropout = "model.dropout = 0", config.dropout > 0
+    no_prefix = "model.prefix_attention = False", config.prefix_attention
     obstacles = {
         "splash": (
+            no_prefix,
             (f"a TPU, and this is {here}", here != "tpu"),
             no_dropout,
             (f"a part of a row of a multiple of 128 tokens, not {length}", length % (128 * parts)),
         ),
         "cudnn": (
+            no_prefix,
             (f"an NVIDIA GPU, and this is {here}", here != "gpu"),
             ("model.dtype = bfloat16", config.dtype != "bfloat16"),
             no_dropout,
@@ -84,6 +114,7 @@ def resolve_backend(config: ModelConfig, length: int) -> str:
             (f"an even number of tokens a row, not {length}", length % 2),
         ),
         "ring": (
+            no_prefix,
             ("mesh.sequence above 1, that divides the row", parts == 1 or length % parts),
             no_dropout,
         ),

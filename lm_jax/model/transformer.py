@@ -23,7 +23,7 @@ from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.model import cache as kv
 from lm_jax.model.activations import ACTIVATIONS
-from lm_jax.model.attention import attention_mask, layer_kinds, resolve_backend
+from lm_jax.model.attention import attention_mask, layer_kinds, prefix_of, resolve_backend
 from lm_jax.model.block import BLOCKWISE, Block, Context, Norm
 from lm_jax.model.dropout import dropout
 from lm_jax.model.head import Head
@@ -127,6 +127,7 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         types_BT: jax.Array | None = None,
+        prefix_BT: jax.Array | None = None,
         cache: kv.Cache | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, kv.Cache | None, RouterSums | None]:
@@ -138,8 +139,11 @@ class Transformer(nnx.Module):
           segments_BT: int32 document ids, 0 for padding; tokens see their own document only. None:
             one document.
           types_BT: int32, which of `model.token_types` each token is of; None: all of the first.
+          prefix_BT: bool, the tokens that begin each document and see one another, with
+            `model.prefix_attention`; None: no document has a prefix, and all of it is causal.
           cache: with it, a token's keys and values go to the slot of its position, and it sees the
-            slots up to its own. Excludes `segments_BT`.
+            slots up to its own. Excludes `segments_BT`. A prompt with a prefix comes whole, its
+            tokens in the first slots.
           dropout_key: turns dropout on.
 
         Returns:
@@ -150,11 +154,23 @@ class Transformer(nnx.Module):
         T = tokens_BT.shape[1]
         if cache is not None and (segments_BT is not None or not c.causal):
             raise ValueError("a cache needs a causal model and one document a row")
+        if prefix_BT is not None and not c.prefix_attention:
+            raise ValueError("prefix_BT: this model has no prefix attention")
+        cached_prompt = c.prefix_attention and cache is not None and T > 1
+        if cached_prompt and (prefix_BT is None or positions_BT is not None):
+            raise ValueError("a cached prompt needs its prefix_BT, and no other positions")
         length = None if cache is not None else dividing("length", T)
         residual = None if cache is not None else dividing("residual", T) or length
         order_BT = jnp.arange(T)[None]
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(order_BT, tokens_BT.shape)
+        key_prefix = None
+        if prefix_BT is not None:
+            whole = activation_spec("batch", None)
+            segments = None if segments_BT is None else reshard(segments_BT, whole)
+            key_prefix = prefix_of(reshard(prefix_BT, whole).astype(bool), segments)
+            if cache is not None:
+                key_prefix = jnp.pad(key_prefix, ((0, 0), (0, cache.length - T)))
         mask = functools.partial(
             attention_mask,
             causal=c.causal,
@@ -164,6 +180,7 @@ class Transformer(nnx.Module):
             key_segments=None
             if segments_BT is None
             else reshard(segments_BT, activation_spec("batch", None)),
+            key_prefix=key_prefix,
         )
         windows, _ = layer_kinds(c)
         # A cached step has a query of one token or a few: nothing for a fused kernel to gain.

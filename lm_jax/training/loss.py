@@ -119,6 +119,8 @@ def batch_loss(
     """The sums for a batch of packed rows: int32 [B, T] `inputs`, `targets`, `segments` and
     `positions`, float32 `weights`.
 
+    `prefix`, [B, T], marks the tokens of each document's prefix; see `Transformer.forward`.
+
     With `predicted`, int32 [B, S], the head works for these positions of each row alone, and
     `targets` and `weights` are [B, S], theirs.
     """
@@ -148,6 +150,7 @@ def _forward(model, batch, dropout_key):
         batch["inputs"],
         positions_BT=batch["positions"],
         segments_BT=batch["segments"],
+        prefix_BT=batch.get("prefix"),
         dropout_key=dropout_key,
     )
     return x_BTD, router

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def forward(
-    c, p: dict[str, np.ndarray], tokens, segments=None, positions=None, types=None
+    c, p: dict[str, np.ndarray], tokens, segments=None, positions=None, types=None, prefix=None
 ) -> np.ndarray:
     """Logits [T, V] of one row, float64."""
     p = {name: np.asarray(x, np.float64) for name, x in p.items()}
@@ -28,7 +28,7 @@ def forward(
         b = {k.removeprefix("blocks."): v[layer] for k, v in p.items() if k.startswith("blocks.")}
         b = adapted(c, b)
         window = c.windows[layer % len(c.windows)] if c.windows else 0
-        where = segments, positions, window
+        where = segments, positions, window, prefix if prefix is not None else np.zeros(T, bool)
         if c.norm_placement == "pre":
             x = x + attend(c, b, norm(c, b, "attention_norm", x), *where)
             x = x + feed_forward(c, b, norm(c, b, "mlp_norm", x))
@@ -68,7 +68,7 @@ def rms(c, x):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_epsilon)
 
 
-def attend(c, b, x, segments, positions, window):
+def attend(c, b, x, segments, positions, window, prefix):
     T, group = len(x), c.heads // c.kv_heads
     out = np.zeros((T, c.width))
     for n in range(c.heads):
@@ -84,7 +84,8 @@ def attend(c, b, x, segments, positions, window):
         if c.position == "rope":
             q, k = rotate(c, q, positions, window), rotate(c, k, positions, window)
         for t in range(T):
-            seen = [s for s in range(T) if segments[s] == segments[t] and (s <= t or not c.causal)]
+            seen = [s for s in range(T) if s <= t or not c.causal or prefix[s]]
+            seen = [s for s in seen if segments[s] == segments[t]]
             seen = [s for s in seen if not window or t - s < window]
             scores = k[seen] @ q[t] * (c.attention_scale or 1 / math.sqrt(c.head_width))
             if c.attention_softcap:
