@@ -1,0 +1,364 @@
+"""How probable a model finds a text: log-likelihoods, in nats.
+
+B rows, T tokens, C of them at a time, D width, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
+from lm_jax.model.transformer import Transformer
+from lm_jax.sharding.mesh import activation_spec, dividing, reshard, shards
+
+_SMALLEST_BUCKET = 16  # tokens; shorter rows would save next to nothing
+_LOGITS_A_DEVICE = 2**26  # float32 numbers at a time: 256 MiB
+
+OnBatch = Callable[[int], None]  # called with the number of rows done
+
+
+class LogLikelihood(NamedTuple):
+    """Of a continuation or a text.
+
+    Attributes:
+      log_p: the sum of log p over its tokens.
+      tokens: how many were scored.
+      greedy: whether each of them is the most probable one, so that a generation at temperature 0
+        gives them.
+      cut: tokens in front that did not fit into the model beside them.
+    """
+
+    log_p: float
+    tokens: int
+    greedy: bool
+    cut: int = 0
+
+
+class Scorer:
+    """Scores texts by one model.
+
+    Inside `jax.set_mesh` it works on that mesh, otherwise on one device. Rows are sorted by length
+    and padded to a power of two: a shape for each is all that is compiled. What stands beside a
+    text plays no part in its score, up to rounding.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, batch_size: int = 8):
+        """
+        Args:
+          batch_size: rows at a time.
+
+        Raises:
+          UserError: the model and the tokenizer do not belong together, or the model has no scores.
+        """
+        config = model.config
+        if config.head == "none":
+            raise UserError(
+                "model.head = 'none': this model gives vectors (lm_jax.embed) and cannot score text"
+            )
+        if tokenizer.least_vocabulary > config.vocab_size:
+            raise UserError(
+                f"the tokenizer needs {tokenizer.least_vocabulary} ids, but model.vocab_size ="
+                f" {config.vocab_size}: they do not belong together"
+            )
+        if batch_size < 1:
+            raise UserError(f"batch_size: must be at least 1, not {batch_size}")
+        if not config.causal and tokenizer.mask_id is None:
+            raise UserError(
+                "this model fills in masked tokens, and its tokenizer has no mask token"
+            )
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+
+    # Causal models.
+
+    def loglikelihood(
+        self, pairs: Sequence[tuple[str, str]], on_batch: OnBatch | None = None
+    ) -> list[LogLikelihood]:
+        """How probable each continuation is after its context.
+
+        The two are encoded together and parted where the context by itself would end, with spaces
+        at its end counted to the continuation: as lm-evaluation-harness does (Gao et al. 2021).
+        An empty context is the token that begins a text. Of a context that is too long, the end is
+        kept.
+
+        Args:
+          pairs: context and continuation.
+
+        Raises:
+          UserError: the model is not causal; a continuation is empty or longer than the model
+            takes; a context is empty where no token begins a text.
+        """
+        self._check_causal("loglikelihood")
+        rows = [self._pair(i, *pair) for i, pair in enumerate(pairs)]
+        longest = self.model.config.max_length + 1
+        kept = [(ids[-longest:], first - max(len(ids) - longest, 0)) for ids, first in rows]
+        found = self._score(kept, on_batch)
+        return [
+            LogLikelihood(float(log_p.sum()), len(log_p), bool(best.all()), len(ids) - len(used))
+            for (log_p, best), (ids, _), (used, _) in zip(found, rows, kept)
+        ]
+
+    def _pair(self, i: int, context: str, continuation: str) -> tuple[np.ndarray, int]:
+        """The ids of both, and where the continuation begins."""
+        where = f"pair {i + 1}"
+        text = context.rstrip()
+        continuation = context[len(text) :] + continuation
+        try:
+            before = self.tokenizer.encode_prompt(text)
+            if text:
+                ids = self.tokenizer.encode_prompt(text + continuation)
+            else:
+                ids = np.concatenate([before, self.tokenizer.encode(continuation)])
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
+        if not len(before):
+            raise UserError(
+                f"{where}: the context is empty, and this tokenizer has no token that begins a text"
+            )
+        size = len(ids) - len(before)
+        if size <= 0:
+            raise UserError(
+                f"{where}: the continuation {continuation!r} adds no token to its context"
+            )
+        if size > self.model.config.max_length:
+            raise UserError(
+                f"{where}: the continuation has {size} tokens, and the model takes"
+                f" {self.model.config.max_length} (model.max_length)"
+            )
+        return ids, len(before)
+
+    def loglikelihood_rolling(
+        self, texts: Sequence[str], on_batch: OnBatch | None = None
+    ) -> list[LogLikelihood]:
+        """How probable each whole text is, after the token that begins one.
+
+        A text longer than the model is read in windows: each token is scored once, those of a
+        window after the last token of the one before it, and the last window is filled up with
+        what stands before it, as in lm-evaluation-harness. Where no token begins a text, its first
+        one is not scored.
+
+        Raises:
+          UserError: the model is not causal, or a text has no token to score.
+        """
+        self._check_causal("loglikelihood_rolling")
+        windows, owners = [], []
+        for i, text in enumerate(texts):
+            try:
+                ids = self.tokenizer.encode_prompt(text)
+            except UserError as e:
+                raise UserError(f"text {i + 1} of {len(texts)}: {e}") from None
+            if self.tokenizer.begin_id is not None and not self.tokenizer.bos_before_text and text:
+                ids = np.concatenate([[self.tokenizer.begin_id], ids]).astype(np.int32)
+            if len(ids) < 2:
+                raise UserError(f"text {i + 1} of {len(texts)} has no token to score: {text!r}")
+            for window in _windows(ids, self.model.config.max_length):
+                windows.append(window)
+                owners.append(i)
+        parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in texts]
+        for i, found in zip(owners, self._score(windows, on_batch)):
+            parts[i].append(found)
+        return [
+            LogLikelihood(
+                float(sum(log_p.sum() for log_p, _ in of_text)),
+                sum(len(log_p) for log_p, _ in of_text),
+                all(best.all() for _, best in of_text),
+            )
+            for of_text in parts
+        ]
+
+    def _check_causal(self, what: str) -> None:
+        if not self.model.config.causal:
+            raise UserError(
+                f"model.causal = False: {what} is of models that continue text; this one fills in"
+                " masked tokens, and has a pseudo-log-likelihood"
+            )
+
+    def _score(
+        self, rows: Sequence[tuple[np.ndarray, int]], on_batch: OnBatch | None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each (ids, first): log p of ids[first:], float64, and whether each is the best."""
+        out: list[Any] = [None] * len(rows)
+        done = 0
+        for chosen, B, T in self._batches([len(ids) - 1 for ids, _ in rows]):
+            inputs_BT, targets_BT = np.zeros((2, B, T), np.int32)
+            lengths_B = np.ones(B, np.int32)
+            for r, i in enumerate(chosen):
+                ids = rows[i][0]
+                lengths_B[r] = n = len(ids) - 1
+                inputs_BT[r, :n], targets_BT[r, :n] = ids[:-1], ids[1:]
+            local = B // shards("batch") * self.model.config.vocab_size // shards("vocab")
+            chunk = max(
+                c
+                for c in range(1, T + 1)
+                if T % c == 0 and (c == 1 or c * local <= _LOGITS_A_DEVICE)
+            )
+            found = _log_p(self.model, inputs_BT, targets_BT, lengths_B, chunk=chunk)
+            log_p_BT, best_BT = jax.device_get(found)
+            for r, i in enumerate(chosen):
+                own = slice(rows[i][1] - 1, lengths_B[r])
+                out[i] = log_p_BT[r, own].astype(np.float64), best_BT[r, own]
+            done += len(chosen)
+            if on_batch:
+                on_batch(done)
+        return out
+
+    # Masked models.
+
+    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text with what its tokenizer puts around it, and the places of its own."""
+        ids = self.tokenizer.encode(text)
+        front = int(np.flatnonzero(self.tokenizer.frame(np.array([-1])) == -1)[0])
+        return self.tokenizer.frame(ids), np.arange(front, front + len(ids))
+
+    def pseudo_loglikelihood(
+        self,
+        rows: Sequence[tuple[np.ndarray, Sequence[int] | np.ndarray]],
+        on_batch: OnBatch | None = None,
+    ) -> list[np.ndarray]:
+        """log p of single tokens given all others, each masked by itself (Salazar et al. 2020).
+
+        Args:
+          rows: the ids of a text and the places to score, as `encode` gives them, or some of those.
+
+        Returns:
+          for each row float64 [len(places)]; their sum is the pseudo-log-likelihood.
+
+        Raises:
+          UserError: the model is causal, or a row is longer than it takes.
+        """
+        if self.model.config.causal:
+            raise UserError(
+                "model.causal = True: a pseudo-log-likelihood is of models that fill in masked"
+                " tokens; this one has a log-likelihood"
+            )
+        limit = self.model.config.max_length
+        for i, (ids, _) in enumerate(rows):
+            if len(ids) > limit:
+                raise UserError(
+                    f"text {i + 1} of {len(rows)} has {len(ids)} tokens, and the model takes"
+                    f" {limit} (model.max_length)"
+                )
+        flat = [(i, n, int(place)) for i, (_, places) in enumerate(rows)
+                for n, place in enumerate(places)]  # fmt: skip
+        out = [np.zeros(len(places)) for _, places in rows]
+        done = 0
+        for chosen, B, T in self._batches([len(rows[i][0]) for i, _, _ in flat]):
+            tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.ones(B, np.int32)
+            places_B, targets_B = np.zeros((2, B), np.int32)
+            for r, k in enumerate(chosen):
+                i, _, place = flat[k]
+                ids = rows[i][0]
+                tokens_BT[r, : len(ids)], lengths_B[r] = ids, len(ids)
+                tokens_BT[r, place] = self.tokenizer.mask_id
+                places_B[r], targets_B[r] = place, ids[place]
+            log_p_B = jax.device_get(
+                _masked_log_p(self.model, tokens_BT, lengths_B, places_B, targets_B)
+            )
+            for r, k in enumerate(chosen):
+                i, n, _ = flat[k]
+                out[i][n] = log_p_B[r]
+            done += len(chosen)
+            if on_batch:
+                on_batch(done)
+        return out
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[tuple[list[int], int, int]]:
+        """Which rows are scored together, longest first, and the shape that they are padded to."""
+        parts = shards("batch")
+        B = -(-self.batch_size // parts) * parts
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        for at in range(0, len(order), B):
+            chosen = order[at : at + B]
+            T = max(_SMALLEST_BUCKET, 1 << (lengths[chosen[0]] - 1).bit_length())
+            yield chosen, B, min(T, self.model.config.max_length)
+
+
+def _windows(ids: np.ndarray, limit: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Windows of at most `limit` inputs, and where in each the tokens begin that it is to score."""
+    for first in range(1, len(ids), limit):
+        end = min(first + limit, len(ids))
+        start = max(end - limit - 1, 0)
+        yield ids[start:end], first - start
+
+
+def _hidden(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    tokens_BT = reshard(tokens_BT, activation_spec("batch", None))
+    lengths_B1 = reshard(lengths_B, activation_spec("batch"))[:, None]
+    segments_BT = (jnp.arange(tokens_BT.shape[1])[None] < lengths_B1).astype(jnp.int32)
+    return reshard(model(tokens_BT, segments_BT=segments_BT)[0], activation_spec("batch"))
+
+
+@functools.partial(jax.jit, static_argnames=("chunk",))
+def _log_p(
+    model: Transformer,
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """float32 [B, T] log p of each target, and bool [B, T] whether it is the most probable id.
+
+    Args:
+      chunk: positions of a row whose logits exist at a time; divides T.
+    """
+    B, T = tokens_BT.shape
+    x_BTD = reshard(
+        model.head_input(_hidden(model, tokens_BT, lengths_B)), activation_spec("batch")
+    )
+    head = model.output_head(dividing("length", chunk))
+
+    def chunks_first(x_BT: jax.Array) -> jax.Array:
+        rest = x_BT.shape[2:]
+        x = jax.lax.reshape(
+            reshard(x_BT, activation_spec("batch")),
+            (B, T // chunk, chunk, *rest),
+            out_sharding=activation_spec("batch", None, None, *(None,) * len(rest)),
+        )
+        return jnp.moveaxis(x, 1, 0)
+
+    def score(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x_BCD, targets_BC = part
+        logits_BCV = head.logits(x_BCD)
+        targets_BC = reshard(targets_BC, activation_spec("batch", dividing("length", chunk)))
+        found = _of_targets(logits_BCV, targets_BC), jnp.argmax(logits_BCV, axis=-1) == targets_BC
+        return jax.tree.map(lambda x: reshard(x, activation_spec("batch", None)), found)
+
+    found = jax.lax.map(score, (chunks_first(x_BTD), chunks_first(targets_BT)))
+    whole = activation_spec(None, None)
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(
+            reshard(x, activation_spec(None, None, None)), 0, 1
+        ).reshape(B, T, out_sharding=whole),
+        found,
+    )  # fmt: skip
+
+
+def _of_targets(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """log p of the targets. A masked sum and no gather: the vocabulary may be split."""
+    is_target_BTV = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[:, :, None]
+    target_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
+    return target_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+
+@jax.jit
+def _masked_log_p(
+    model: Transformer,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    places_B: jax.Array,
+    targets_B: jax.Array,
+) -> jax.Array:
+    """float32 [B]: log p of one token of each row, in a place of its own."""
+    places_B1, targets_B1 = (
+        reshard(x, activation_spec("batch"))[:, None] for x in (places_B, targets_B)
+    )
+    x_BTD = _hidden(model, tokens_BT, lengths_B)
+    is_place_BT = jnp.arange(tokens_BT.shape[1])[None] == places_B1
+    # A sum of one term; an index into a sharded batch would gather the batch.
+    x_B1D = jnp.sum(jnp.where(is_place_BT[:, :, None], x_BTD, 0), axis=1, keepdims=True)
+    return reshard(_of_targets(model.logits(x_B1D), targets_B1)[:, 0], activation_spec(None))
