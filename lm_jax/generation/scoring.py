@@ -83,7 +83,7 @@ class Scorer:
         The two are encoded together and parted where the context by itself would end, with spaces
         at its end counted to the continuation: as lm-evaluation-harness does (Gao et al. 2021).
         An empty context is the token that begins a text. Of a context that is too long, the end is
-        kept.
+        kept. A model with `prefix_attention` reads the context both ways, as it does a prompt.
 
         Args:
           pairs: context and continuation.
@@ -96,7 +96,7 @@ class Scorer:
         rows = [self._pair(i, *pair) for i, pair in enumerate(pairs)]
         longest = self.model.config.max_length + 1
         kept = [(ids[-longest:], first - max(len(ids) - longest, 0)) for ids, first in rows]
-        found = self._score(kept, on_batch)
+        found = self._score(kept, on_batch, prefix=True)
         return [
             LogLikelihood(float(log_p.sum()), len(log_p), bool(best.all()), len(ids) - len(used))
             for (log_p, best), (ids, _), (used, _) in zip(found, rows, kept)
@@ -159,7 +159,7 @@ class Scorer:
                 windows.append(window)
                 owners.append(i)
         parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in texts]
-        for i, found in zip(owners, self._score(windows, on_batch)):
+        for i, found in zip(owners, self._score(windows, on_batch, prefix=False)):
             parts[i].append(found)
         return [
             LogLikelihood(
@@ -178,17 +178,22 @@ class Scorer:
             )
 
     def _score(
-        self, rows: Sequence[tuple[np.ndarray, int]], on_batch: OnBatch | None
+        self, rows: Sequence[tuple[np.ndarray, int]], on_batch: OnBatch | None, *, prefix: bool
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each (ids, first): log p of ids[first:], float64, and whether each is the best."""
+        """For each (ids, first): log p of ids[first:], float64, and whether each is the best.
+
+        Args:
+          prefix: what stands before `first` is a prompt.
+        """
         out: list[Any] = [None] * len(rows)
         done = 0
         for chosen, B, T in self._batches([len(ids) - 1 for ids, _ in rows]):
             inputs_BT, targets_BT = np.zeros((2, B, T), np.int32)
-            lengths_B = np.ones(B, np.int32)
+            lengths_B, prefixes_B = np.ones((2, B), np.int32)
             for r, i in enumerate(chosen):
-                ids = rows[i][0]
+                ids, first = rows[i]
                 lengths_B[r] = n = len(ids) - 1
+                prefixes_B[r] = first if prefix else 1
                 inputs_BT[r, :n], targets_BT[r, :n] = ids[:-1], ids[1:]
             local = B // shards("batch") * self.model.config.vocab_size // shards("vocab")
             chunk = max(
@@ -196,7 +201,7 @@ class Scorer:
                 for c in range(1, T + 1)
                 if T % c == 0 and (c == 1 or c * local <= _LOGITS_A_DEVICE)
             )
-            found = _log_p(self.model, inputs_BT, targets_BT, lengths_B, chunk=chunk)
+            found = _log_p(self.model, inputs_BT, targets_BT, lengths_B, prefixes_B, chunk=chunk)
             log_p_BT, best_BT = jax.device_get(found)
             for r, i in enumerate(chosen):
                 own = slice(rows[i][1] - 1, lengths_B[r])
@@ -285,11 +290,21 @@ def _windows(ids: np.ndarray, limit: int) -> Iterator[tuple[np.ndarray, int]]:
         yield ids[start:end], first - start
 
 
-def _hidden(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+def _hidden(
+    model: Transformer,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    prefixes_B: jax.Array | None = None,
+) -> jax.Array:
     tokens_BT = reshard(tokens_BT, activation_spec("batch", None))
     lengths_B1 = reshard(lengths_B, activation_spec("batch"))[:, None]
-    segments_BT = (jnp.arange(tokens_BT.shape[1])[None] < lengths_B1).astype(jnp.int32)
-    return reshard(model(tokens_BT, segments_BT=segments_BT)[0], activation_spec("batch"))
+    place_1T = jnp.arange(tokens_BT.shape[1])[None]
+    segments_BT = (place_1T < lengths_B1).astype(jnp.int32)
+    prefix_BT = None
+    if model.config.prefix_attention:
+        prefix_BT = place_1T < reshard(prefixes_B, activation_spec("batch"))[:, None]
+    x_BTD, _ = model(tokens_BT, segments_BT=segments_BT, prefix_BT=prefix_BT)
+    return reshard(x_BTD, activation_spec("batch"))
 
 
 @functools.partial(jax.jit, static_argnames=("chunk",))
@@ -298,18 +313,19 @@ def _log_p(
     tokens_BT: jax.Array,
     targets_BT: jax.Array,
     lengths_B: jax.Array,
+    prefixes_B: jax.Array,
     *,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
     """float32 [B, T] log p of each target, and bool [B, T] whether it is the most probable id.
 
     Args:
+      prefixes_B: int32, tokens of the prompt.
       chunk: positions of a row whose logits exist at a time; divides T.
     """
     B, T = tokens_BT.shape
-    x_BTD = reshard(
-        model.head_input(_hidden(model, tokens_BT, lengths_B)), activation_spec("batch")
-    )
+    x_BTD = model.head_input(_hidden(model, tokens_BT, lengths_B, prefixes_B))
+    x_BTD = reshard(x_BTD, activation_spec("batch"))
     head = model.output_head(dividing("length", chunk))
 
     def chunks_first(x_BT: jax.Array) -> jax.Array:

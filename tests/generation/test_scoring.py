@@ -1,5 +1,6 @@
 """Log-likelihoods: those of Transformers, of any batch, mesh and length."""
 
+import dataclasses
 import types
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from tiny_models import on_devices
+from tiny_models import LLAMA, build, on_devices, quick_jit
 
 from lm_jax.config import MeshConfig
 from lm_jax.data.tokenizer_base import BytesTokenizer, CharacterTokenizer
@@ -107,6 +108,27 @@ def test_greedy_of_the_most_probable_and_of_another_token(llama):
     wrong = " ".join(map(str, [*ids[3:5], (ids[5] + 1) % 256]))
     got = scorer.loglikelihood([(context, " " + right), (context, " " + wrong)])
     assert [g.greedy for g in got] == [True, False]
+
+
+def test_the_context_of_a_prefix_model_is_read_both_ways():
+    shape = {"vocab_size": 260, "max_length": LIMIT, "prefix_attention": True}
+    model = build(dataclasses.replace(LLAMA, **shape))
+    scorer = Scorer(model, Ids())
+    ids = np.array([[BOS, 7, 9, 5, 3, 8, 2, 6]], np.int32)
+
+    @quick_jit
+    def log_p(model, ids, prefix):
+        x, _ = model(ids, prefix_BT=prefix)
+        return jax.nn.log_softmax(model.logits(x))[0]
+
+    (pair,), (text,) = (
+        scorer.loglikelihood([("7 9 5 3", " 8 2 6")]),
+        scorer.loglikelihood_rolling(["7 9 5 3 8 2 6"]),
+    )
+    for got, prefix, first in ((pair, 5, 5), (text, 1, 1)):
+        found = log_p(model, ids[:, :-1], np.arange(7)[None] < prefix)
+        want = sum(float(found[k - 1, ids[0, k]]) for k in range(first, 8))
+        assert got.log_p == pytest.approx(want, rel=1e-5) and got.tokens == 8 - first
 
 
 @pytest.mark.parametrize("length", [1, LIMIT - 1, LIMIT, LIMIT + 1, 3 * LIMIT + 5])
