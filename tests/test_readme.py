@@ -51,6 +51,7 @@ _TINY = {
     "tokenizer.kind": "bytes",
     "data.length": 32,
     "data.batch_size": 8,
+    "training.accumulation": 1,
     "training.evaluate_batches": 1,
     "training.sample_tokens": 4,
     "logging.every": 1,

@@ -1,5 +1,6 @@
 """Tiny models of each family, and batches of packed rows for them."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -97,7 +98,7 @@ def build(config: ModelConfig, seed: int = 0) -> Transformer:
 
 def run_config(model: ModelConfig = GPT2, rows: int = 8, **sections: dict) -> Config:
     """A validated config of a run; `sections` sets fields, as in `training={'seed': 1}`."""
-    config = Config(model=dataclasses.replace(model))
+    config = Config(model=copy.deepcopy(model))
     config.data.sources = ("python:",)
     config.data.length, config.data.batch_size = T, rows
     for section, fields in sections.items():

@@ -186,7 +186,7 @@ def test_one_that_fails_is_a_message(text, message):
 
 
 def test_one_that_is_no_template_is_a_message():
-    with pytest.raises(UserError, match="line 2: .*endfor"):
+    with pytest.raises(UserError, match=r"line 2: .*endfor"):
         ChatTemplate("\n{% for a in b %}", {})
     with pytest.raises(UserError, match="there are none"):
         ChatTemplate("{{ 1 }}", {}).render([])
