@@ -144,6 +144,8 @@ def test_commands_and_code_run(done, checkout):
     assert "starts from the weights of runs/published" in done
     for path in ("merged/model.safetensors", "adapters/adapter_model.safetensors"):
         assert (checkout / "runs" / path).is_file()
+    for page in ("quickstart.html", "bert.html"):
+        assert "Logit lens" in (checkout / page).read_text(encoding="utf-8")
     assert np.load(checkout / "vectors.npy").shape == (2, 32)
     assert (checkout / "tfds" / "local_text" / "notes").is_dir()
     assert "1 passed" in done

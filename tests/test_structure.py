@@ -4,6 +4,7 @@ import ast
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -60,7 +61,7 @@ def test_no_cycle_of_imports(top_only):
 
 # Each may import itself and what stands before it.
 ORDER = ["base", "sharding", "model", "data", "interop"]
-ORDER += ["generation", "evaluation", "training", "planning", "entry"]
+ORDER += ["generation", "evaluation", "inspection", "training", "planning", "entry"]
 BASE = {"lm_jax"} | {
     f"lm_jax.{name}"
     for name in (
@@ -86,6 +87,18 @@ def test_packages_point_one_way():
         if place(name) in ORDER and ORDER.index(place(name)) < ORDER.index(place(target))
     ]
     assert wrong == []
+
+
+def test_files_that_are_no_code_are_part_of_the_package():
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    declared = {
+        path
+        for package, patterns in project["tool"]["setuptools"]["package-data"].items()
+        for pattern in patterns
+        for path in FOLDER.parent.joinpath(*package.split(".")).glob(pattern)
+    }
+    there = {path for path in FOLDER.rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    assert there == declared and len(there) == 3
 
 
 def test_no_file_is_longer_than_400_lines():

@@ -217,6 +217,11 @@ class Tokenizer(abc.ABC):
         except UnicodeDecodeError:
             return repr(data)
 
+    def spelling(self, id: int) -> bytes:
+        """The UTF-8 bytes, whole characters or not, that an id adds to a text; where that depends
+        on its neighbours, its name. Specials add none."""
+        return self._bytes_of(id)
+
     def _bytes_of(self, id: int) -> bytes:
         return self._pieces[id] if 0 <= id < self.vocab_size else _UNKNOWN_ID
 

@@ -120,6 +120,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def piece(self, id: int) -> str:
         return super().piece(id) if self._pieces is not None else self._names.get(id, "")
 
+    def spelling(self, id: int) -> bytes:
+        return super().spelling(id) if self._pieces is not None else self.piece(id).encode()
+
     @functools.cached_property
     def starts_word(self) -> np.ndarray:
         model = json.loads(self._json)["model"]

@@ -1,5 +1,6 @@
 """What a masked language model makes of a text some tokens of which are hidden."""
 
+import re
 from typing import NamedTuple
 
 import jax
@@ -48,6 +49,27 @@ def fill_in(
     filled[places] = jax.device_get(_most_probable(model, masked, special_V))[places]
     guesses = [(tokenizer.piece(int(ids[i])), tokenizer.piece(int(filled[i]))) for i in places]
     return Filled(tokenizer.decode(filled), guesses)
+
+
+def encode_with_masks(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The ids of a whole text in which '[MASK]', or the tokenizer's own name for it, hides a token.
+
+    Spaces before a mask are part of what it hides where tokens begin with their space. What goes
+    around a text stands around it (`Tokenizer.frame`).
+
+    Returns:
+      int32 [T]
+    """
+    parts = [text]
+    if tokenizer.mask_id is not None:
+        names = {"[MASK]", tokenizer.specials[tokenizer.mask_id]}
+        parts = re.split("|".join(map(re.escape, names)), text)
+    if tokenizer.kind not in ("bytes", "characters"):
+        parts[:-1] = [part.rstrip(" ") for part in parts[:-1]]
+    ids = list(tokenizer.encode(parts[0]))
+    for part in parts[1:]:
+        ids += [tokenizer.mask_id, *tokenizer.encode(part)]
+    return tokenizer.frame(np.array(ids, np.int32))
 
 
 @jax.jit

@@ -164,6 +164,29 @@ def attention(
     if backend == "cudnn":
         out_BTNH = _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale, length)
         return checkpoint_name(out_BTNH, "attention")
+    weights_BKGTS = attention_weights(
+        q_BTNH, k_BSKH, mask_BTS, length=length, scale=scale, softcap=softcap
+    )
+    weights_BKGTS = dropout(weights_BKGTS, dropout_rate, dropout_key)
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+    merged = activation_spec("batch", length, "heads", "head_width")
+    out_BTNH = jax.lax.reshape(out_BTKGH, q_BTNH.shape, out_sharding=merged)
+    return checkpoint_name(out_BTNH, "attention")
+
+
+def attention_weights(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    mask_BTS: jax.Array | None,
+    *,
+    length: str | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """How much of each key's value a query takes: float32 [B, K, G, T, S], whose sums over S are 1.
+
+    The arguments are those of `attention`, the keys whole; query head n is (n // G, n % G) here.
+    """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     grouped = activation_spec("batch", length, "kv_heads", None, "head_width")
@@ -175,12 +198,7 @@ def attention(
         scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
     if mask_BTS is not None:
         scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
-    weights_BKGTS = dropout(weights_BKGTS, dropout_rate, dropout_key)
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    merged = activation_spec("batch", length, "heads", "head_width")
-    out_BTNH = jax.lax.reshape(out_BTKGH, (B, T, N, H), out_sharding=merged)
-    return checkpoint_name(out_BTNH, "attention")
+    return jax.nn.softmax(scores_BKGTS, axis=-1)
 
 
 def _cudnn(

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lm_jax.config import ModelConfig
 from lm_jax.model import cache as kv
 from lm_jax.model.activations import ACTIVATIONS
-from lm_jax.model.attention import attention
+from lm_jax.model.attention import attention, attention_weights
 from lm_jax.model.dropout import dropout
 from lm_jax.model.moe import Experts
 from lm_jax.model.parameters import constant, normal
@@ -113,8 +113,17 @@ class Attention(nnx.Module):
                 dropout_key=key,
                 **common,
             )
+        weights_BNTS = None
+        if context.capture:  # once more in the program, and computed once
+            whole = activation_spec("batch", None, "kv_heads", "head_width")
+            k_BTKH = reshard(k_BTKH, whole)
+            weights_BKGTS = attention_weights(q_BTNH, k_BTKH, mask_BTS, **common)
+            B, K, G, T, S = weights_BKGTS.shape
+            apart = activation_spec("batch", "heads", context.length, None)
+            weights_BNTS = jax.lax.reshape(weights_BKGTS, (B, K * G, T, S), out_sharding=apart)
         axes = "batch", context.residual, "embed"
-        return project(y_BTNH, self.out, self.out_bias, *axes, lora=self.out_lora), cache
+        y_BTD = project(y_BTNH, self.out, self.out_bias, *axes, lora=self.out_lora)
+        return y_BTD, cache, weights_BNTS
 
 
 def _heads(x_BTD, length, weight, bias, lora, norm):
@@ -177,6 +186,8 @@ class Context:
     # where more devices can share them; None: whole.
     length: str | None = dataclasses.field(metadata={"static": True})
     residual: str | None = dataclasses.field(metadata={"static": True})
+    # Whether blocks say how attention weighs the tokens: with the backend 'xla' alone.
+    capture: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def real_BT(self) -> jax.Array | None:
@@ -219,14 +230,15 @@ class Block(nnx.Module):
         self.attention_out_norm, self.mlp_out_norm = (norm(), norm()) if both else (None, None)
 
     def __call__(self, x_BTD, context: Context, layer, kind, cache, key):
-        """Returns the residual stream after this block, the cache with its keys and values, and
-        what the router did (None without experts)."""
+        """Returns the residual stream after this block, the cache with its keys and values, what
+        the router did (None without experts), and the weights of attention, float32 [B, N, T, S]
+        (None unless the context asks for them)."""
         rate, pre = self.config.dropout, self.config.norm_placement != "post"
         key_weights, key_attention, key_mlp = (
             (None,) * 3 if key is None else jax.random.split(key, 3)
         )
         h_BTD = self.attention_norm(x_BTD) if pre else x_BTD
-        h_BTD, cache = self.attention(h_BTD, context, layer, kind, cache, key_weights)
+        h_BTD, cache, weights = self.attention(h_BTD, context, layer, kind, cache, key_weights)
         if self.attention_out_norm is not None:
             h_BTD = self.attention_out_norm(h_BTD)
         x_BTD = x_BTD + dropout(h_BTD, rate, key_attention)
@@ -242,4 +254,4 @@ class Block(nnx.Module):
         x_BTD = x_BTD + dropout(h_BTD, rate, key_mlp)
         if not pre:
             x_BTD = self.mlp_norm(x_BTD)
-        return x_BTD, cache, router
+        return x_BTD, cache, router, weights

@@ -121,15 +121,7 @@ class Transformer(nnx.Module):
         return x_BTD, cache
 
     def forward(
-        self,
-        tokens_BT: jax.Array,
-        *,
-        positions_BT: jax.Array | None = None,
-        segments_BT: jax.Array | None = None,
-        types_BT: jax.Array | None = None,
-        prefix_BT: jax.Array | None = None,
-        cache: kv.Cache | None = None,
-        dropout_key: jax.Array | None = None,
+        self, tokens_BT: jax.Array, **inputs: jax.Array | kv.Cache | None
     ) -> tuple[jax.Array, kv.Cache | None, RouterSums | None]:
         """The hidden states that `logits` turns into scores.
 
@@ -150,6 +142,41 @@ class Transformer(nnx.Module):
           [B, T, D] of the compute dtype, the cache with these tokens in it (None without one), and
           what the routers of experts did, [L, ...] (None without experts).
         """
+        return self._forward(tokens_BT, **inputs)[:3]
+
+    def capture(
+        self, tokens_BT: jax.Array, **inputs: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What comes about on the way, for those who want to look into the model.
+
+        Attention is the plain one, whatever `model.attention` asks for.
+
+        Args:
+          tokens_BT, inputs: as of `forward`, without a cache and dropout.
+
+        Returns:
+          The hidden states of `forward`; the residual stream [L + 1, B, T, D] of the compute dtype,
+          before each block and after the last, which `finish` turns into hidden states; and the
+          weights of attention, float32 [L, B, N, T, S].
+        """
+        x_BTD, _, _, (streams_LBTD, weights_LBNTS) = self._forward(
+            tokens_BT, capture=True, **inputs
+        )
+        return x_BTD, streams_LBTD, weights_LBNTS
+
+    def _forward(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        types_BT: jax.Array | None = None,
+        prefix_BT: jax.Array | None = None,
+        cache: kv.Cache | None = None,
+        dropout_key: jax.Array | None = None,
+        capture: bool = False,
+    ):
+        """As `forward`, and the last two results of `capture`, or None, behind."""
         c = self.config
         T = tokens_BT.shape[1]
         if cache is not None and (segments_BT is not None or not c.causal):
@@ -184,7 +211,8 @@ class Transformer(nnx.Module):
         )
         windows, _ = layer_kinds(c)
         # A cached step has a query of one token or a few: nothing for a fused kernel to gain.
-        backend = "xla" if cache is not None else resolve_backend(c, T)
+        plain = capture or cache is not None
+        backend = "xla" if plain else resolve_backend(c, T)
         context = Context(
             positions_BT=positions_BT,
             segments_BT=segments_BT,
@@ -197,6 +225,7 @@ class Transformer(nnx.Module):
             backend=backend,
             length=length,
             residual=residual,
+            capture=capture,
         )
         # Rows of the tables are looked up, and their gradients added up, in float32.
         here, between = (activation_spec("batch", axis, "embed") for axis in (length, residual))
@@ -222,10 +251,15 @@ class Transformer(nnx.Module):
             embed_key, layers_key = jax.random.split(dropout_key)
             x_BTD = dropout(x_BTD, c.dropout, embed_key)
             keys = jax.random.split(layers_key, c.layers)
-        x_BTD, cache, router = self._run_blocks(x_BTD, context, cache, keys)
-        if c.norm_placement != "post":
-            x_BTD = self.norm(x_BTD)
-        return x_BTD, cache, router
+        x_BTD, cache, router, captured = self._run_blocks(x_BTD, context, cache, keys)
+        if captured is not None:
+            streams_LBTD, weights_LBNTS = captured
+            captured = jnp.concatenate([streams_LBTD, x_BTD[None]]), weights_LBNTS
+        return self.finish(x_BTD), cache, router, captured
+
+    def finish(self, x_BTD: jax.Array) -> jax.Array:
+        """The hidden states that the residual stream becomes after the last block."""
+        return x_BTD if self.config.norm_placement == "post" else self.norm(x_BTD)
 
     def _embed(self, tokens_BT: jax.Array, length: str | None) -> jax.Array:
         """float32 [B, T, D], split along D as the table is.
@@ -256,8 +290,8 @@ class Transformer(nnx.Module):
             x_BTD, cache = carry
             block, layer, kind, key = inputs
             x_BTD = checkpoint_name(x_BTD, "input")
-            x_BTD, cache, router = block(x_BTD, context, layer, kind, cache, key)
-            return (x_BTD, cache), router
+            y_BTD, cache, router, weights = block(x_BTD, context, layer, kind, cache, key)
+            return (y_BTD, cache), (router, (x_BTD, weights) if context.capture else None)
 
         if c.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
@@ -265,14 +299,14 @@ class Transformer(nnx.Module):
         layers = jnp.arange(c.layers), jnp.asarray(kinds_L, jnp.int32)
         carry, inputs = (x_BTD, cache), (self.blocks, *layers, keys)
         if c.scan_layers:
-            carry, router = jax.lax.scan(run, carry, inputs)
+            carry, outputs = jax.lax.scan(run, carry, inputs)
         else:
-            routers = []
+            each = []
             for i in range(c.layers):
-                carry, router = run(carry, jax.tree.map(operator.itemgetter(i), inputs))
-                routers.append(router)
-            router = jax.tree.map(lambda *layers: jnp.stack(layers), *routers)
-        return *carry, router
+                carry, outputs = run(carry, jax.tree.map(operator.itemgetter(i), inputs))
+                each.append(outputs)
+            outputs = jax.tree.map(lambda *layers: jnp.stack(layers), *each)
+        return *carry, *outputs
 
     def pool(self, x_BTD: jax.Array) -> jax.Array:
         """[B, D]: what a classifier sees of a row, its first token's state by a dense layer and

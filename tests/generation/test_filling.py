@@ -4,12 +4,15 @@ import dataclasses
 
 import jax
 import numpy as np
+import published_folders
 import pytest
+import tokenizers
 from tiny_models import BERT, build, on_devices
 
+from lm_jax.data.tokenizer import load_tokenizer
 from lm_jax.data.tokenizer_base import CharacterTokenizer
 from lm_jax.errors import UserError
-from lm_jax.generation.filling import fill_in
+from lm_jax.generation.filling import encode_with_masks, fill_in
 
 TOKENIZER = CharacterTokenizer("abcdefgh ", mask=True)
 TEXT = "bad face"
@@ -59,3 +62,21 @@ def test_it_works_on_a_mesh(model):
 def test_a_text_that_does_not_fit_is_refused(model, text):
     with pytest.raises(UserError, match=f"has {len(text)} tokens.*at most 16"):
         fill_in(model, TOKENIZER, text, hidden=1)
+
+
+@pytest.mark.parametrize("family, mask", [("bert", "[MASK]"), ("roberta", "<mask>")])
+def test_masks_in_a_text_are_read_as_published_tokenizers_read_them(family, mask, tmp_path):
+    published_folders.write(tmp_path, published_folders.FAMILIES[family]())
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.no_truncation()
+    theirs.no_padding()
+    ours = load_tokenizer(tmp_path)
+    for text in ("The {} sat.", "{}", "a {}{} b", "on{}the mat", "  {}  {} ", "no mask", ""):
+        want = theirs.encode(text.format(mask, mask)).ids
+        assert encode_with_masks(ours, text.format(mask, mask)).tolist() == want, text
+        assert encode_with_masks(ours, text.format("[MASK]", "[MASK]")).tolist() == want, text
+
+
+def test_a_character_before_a_mask_is_one_of_its_own():
+    ids = encode_with_masks(TOKENIZER, "a [MASK]b")
+    assert ids.tolist() == [*TOKENIZER.encode("a "), TOKENIZER.mask_id, *TOKENIZER.encode("b")]
