@@ -2,18 +2,30 @@
 
 Loss, perplexity, accuracy and bits per byte of a text under a trained model; without a source, of
 the run's own validation split. A masked language model is measured on masked tokens.
+
+python -m lm_jax.evaluate --task=crows_pairs --model=DIR --source=FILE.csv [--output=FILE.jsonl]
+
+How often the model finds the more stereotypical of two sentences more probable, overall and by
+category (CrowS-Pairs, Nangia et al. 2020); --output gets the scores of each pair.
 """
 
 import json
+from typing import Any
 
 from absl import flags
 
 from lm_jax import cli
+from lm_jax.errors import UserError
 
 _MODEL = cli.define_model_flag()
+_TASK = flags.DEFINE_string("task", None, "Which task: crows_pairs. Default: the loss of a text.")
 _SOURCE = flags.DEFINE_multi_string(
-    "source", [], "What to evaluate on, all of it: as data.sources. May be given more than once."
+    "source",
+    [],
+    "What to evaluate on, all of it: as data.sources. May be given more than once. Of a task, its"
+    " file.",
 )
+_OUTPUT = flags.DEFINE_string("output", None, "Of a task: a new file for the single scores.")
 _DOCUMENT = flags.DEFINE_enum(
     "document", None, ["file", "paragraph", "line"], "As data.document; default: the run's."
 )
@@ -33,6 +45,11 @@ _MAX_BATCHES = flags.DEFINE_integer("max_batches", None, "A sample of so many; d
 def main(argv: list[str]) -> None:
     del argv
     model = cli.model_of(_MODEL)
+    if _TASK.value is not None:
+        print(json.dumps(_run_task(_TASK.value, model)))
+        return
+    if _OUTPUT.value:
+        raise UserError("--output: a loss has no single scores: it is for --task")
 
     from lm_jax import runtime
 
@@ -56,6 +73,35 @@ def main(argv: list[str]) -> None:
         **{key: value for key, value in overrides.items() if value is not None},
     )
     print(json.dumps(result))
+
+
+def _run_task(task: str, model: str) -> dict[str, Any]:
+    if task != "crows_pairs":
+        raise UserError(f"--task: no task '{task}' (there is crows_pairs)")
+    if len(_SOURCE.value) != 1:
+        raise UserError(
+            f"--source: crows_pairs needs one file, the authors' CSV, not {len(_SOURCE.value)}"
+        )
+    for flag in (_DOCUMENT, _TEXT_KEY, _ON_ERROR, _LENGTH, _MAX_BATCHES):
+        if flag.value is not None:
+            raise UserError(f"--{flag.name}: has no meaning for --task={task}: leave it out")
+    if _OUTPUT.value:
+        cli.check_new_file("output", _OUTPUT.value)
+
+    from lm_jax import runtime
+
+    runtime.configure()
+
+    from lm_jax.training.standard_tasks import run_crows_pairs
+
+    return run_crows_pairs(
+        model,
+        _SOURCE.value[0],
+        output=_OUTPUT.value,
+        step=_STEP.value,
+        dtype=_DTYPE.value,
+        batch_size=_BATCH_SIZE.value,
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ case "$1 $2" in
   "-m lm_jax.plan")
     exec '{python}' "$@" $small --config.training.accumulation=1 --config.model.attention=xla ;;
   "-m lm_jax.generate") exec '{python}' "$@" --max_tokens=4 ;;
-  "-m lm_jax.evaluate") exec '{python}' "$@" --max_batches=1 ;;
+  "-m lm_jax.evaluate")
+    case "$*" in *--task=*) ;; *) set -- "$@" --max_batches=1 ;; esac
+    exec '{python}' "$@" ;;
   "-m lm_jax.tokenize")
     case "$*" in *--output=*) set -- "$@" --vocab_size=300 ;; esac
     exec '{python}' "$@" ;;
@@ -94,6 +96,8 @@ def checkout(tmp_path_factory) -> pathlib.Path:
     texts = [file.read_text() for file in sorted(corpus.iterdir())]
     records = "".join(json.dumps({"content": text}) + "\n" for text in texts)
     (root / "records.jsonl").write_text(records)
+    pairs = ",sent_more,sent_less,stereo_antistereo,bias_type\n0,a b,a c,stereo,age\n"
+    (root / "crows_pairs_anonymized.csv").write_text(pairs)
     (root / "input.txt").write_text("".join(texts))
     return root
 
@@ -129,7 +133,7 @@ def _run(command: list[str], folder: pathlib.Path, env: dict[str, str]) -> str:
 
 
 def test_commands_and_code_run(done, checkout):
-    assert len(blocks("sh")) > 8 and len(blocks("python")) == 2
+    assert len(blocks("sh")) > 8 and len(blocks("python")) == 3
     for workdir in re.findall(r"--workdir=(runs/\w+)", "".join(blocks("sh"))):
         assert (checkout / workdir / "checkpoints").is_dir(), workdir
     longer = (checkout / "runs" / "quickstart" / "metrics.jsonl").read_text().splitlines()
@@ -138,6 +142,8 @@ def test_commands_and_code_run(done, checkout):
     assert "starts from the weights of runs/quickstart" in done
     assert "8 x cpu (data 2 x fsdp 2 x tensor 2)" in done
     assert len((checkout / "completions.jsonl").read_text().splitlines()) == 2
+    assert json.loads((checkout / "pairs.jsonl").read_text())["bias"] == "age"
+    assert '"by_category": {"age": {"score": ' in done
     assert done.count('"bits_per_byte"') == 3
     assert "plan for v5e:2x2: 4 devices" in done and "of 15.75: fits" in done
     assert "wrote a qwen3 model" in done and "without a tokenizer" not in done

@@ -187,19 +187,21 @@ def test_masked_tokens_are_scored_one_at_a_time_as_by_transformers(bert):
 def test_a_mesh_gives_what_one_device_does(llama, bert, monkeypatch):
     from lm_jax.generation import scoring
 
+    def scores(causal, masked):
+        causal = Scorer(causal, BytesTokenizer(), batch_size=3)
+        masked = Scorer(masked, BytesTokenizer(True), batch_size=4)
+        rows = [masked.encode("words")]
+        return causal.loglikelihood(PAIRS[:3]), masked.pseudo_loglikelihood(rows)[0]
+
+    want = scores(llama.ours, bert.ours)
     monkeypatch.setattr(scoring, "_LOGITS_A_DEVICE", 8 * 2 * 260)  # several chunks
-    causal, masked = Scorer(llama.ours, BytesTokenizer()), Scorer(bert.ours, BytesTokenizer(True))
-    rows = [masked.encode("some words")]
-    want = causal.loglikelihood(PAIRS), masked.pseudo_loglikelihood(rows)
     mesh = on_devices((2, 1, 2, 2))
     with jax.set_mesh(mesh):
-        causal = Scorer(load(llama.folder, mesh), BytesTokenizer(), batch_size=3)
-        masked = Scorer(load(bert.folder, mesh), BytesTokenizer(True), batch_size=3)
-        got = causal.loglikelihood(PAIRS), masked.pseudo_loglikelihood(rows)
+        got = scores(load(llama.folder, mesh), load(bert.folder, mesh))
     for ours, theirs in zip(got[0], want[0]):
         assert ours.log_p == pytest.approx(theirs.log_p, rel=1e-5)
         assert ours[1:] == theirs[1:]
-    np.testing.assert_allclose(got[1][0], want[1][0], atol=1e-4)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-4)
 
 
 def test_what_cannot_be_scored_is_told(llama, bert):
