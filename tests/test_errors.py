@@ -176,15 +176,12 @@ def test_a_run_that_diverges_is_stopped(corpus, tmp_path):
     assert "optimizer.learning_rate" in message
 
 
-def test_a_task_that_cannot_be_run(corpus, tmp_path):
-    (tmp_path / "pairs.csv").write_text("sent_more,sent_less\n")
-    task = [f"--model={tmp_path}", "--task=crows_pairs", f"--source={tmp_path / 'pairs.csv'}"]
+def test_a_task_that_cannot_be_run(tmp_path):
+    model, task = f"--model={tmp_path}", "--task=crows_pairs"
     for flags, said in (
-        ([*task, "--task=crow_pairs"], "no task 'crow_pairs'"),
-        (task[:2], "--source: crows_pairs needs one file"),
-        ([*task, "--max_batches=1"], "--max_batches: has no meaning for --task=crows_pairs"),
-        ([*task, f"--output={tmp_path / 'pairs.csv'}"], "is there already"),
-        (task, "pairs.csv:1: no column stereo_antistereo, bias_type"),
-        ([task[0], "--output=scores.jsonl"], "--output: a loss has no single scores"),
+        (["--task=crow_pairs"], "no task 'crow_pairs'"),
+        ([task], "--source: crows_pairs needs one file"),
+        ([task, "--source=a", "--max_batches=1"], "--max_batches: has no meaning"),
+        (["--output=scores.jsonl"], "--output: a loss has no single scores"),
     ):
-        assert said in fails(*flags, command="evaluate")
+        assert said in fails(model, *flags, command="evaluate")

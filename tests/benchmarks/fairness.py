@@ -47,7 +47,8 @@ def reference(folder: str, *, causal: bool) -> Callable[[str, str], tuple[float,
         first = tokenizer.bos_token_id
         first = tokenizer.eos_token_id if first is None else first
         ids = [first, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-        return sum(log_p(ids[:-1])[k, ids[k + 1]].item() for k in range(len(ids) - 1))
+        found = log_p(ids[:-1])
+        return sum(found[k, i].item() for k, i in enumerate(ids[1:]))
 
     def of_tokens(ids: list[int], places: list[int]) -> float:
         total = 0.0
