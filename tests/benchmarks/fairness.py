@@ -4,12 +4,6 @@
 
 Needs torch and transformers (the `test` extra). Transformers scores one sentence at a time, and of
 a masked model one masked token at a time. Prints a table and a JSON line.
-
-Seen on two CPU cores, of the first 200 pairs:
-
-| model | here | Transformers | pairs with the same preference | largest difference |
-|---|---|---|---|---|
-RESULTS
 """
 
 import argparse
