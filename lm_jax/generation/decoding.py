@@ -9,6 +9,7 @@ which that token is first seen, and later tokens look no further than their own 
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.errors import UserError
+from lm_jax.generation.beam import BeamSearch, search
+from lm_jax.generation.reading import bucket, by_length, padded, read
 from lm_jax.generation.sampling import Knobs, Sampling, next_tokens, row_keys
 from lm_jax.generation.text import TextStream
-from lm_jax.model.cache import Cache, init_cache, lengthen
+from lm_jax.model.cache import Cache
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, reshard, shards
 
 DEFAULT = Sampling()
-_SMALLEST_BUCKET = 32  # tokens; shorter prompts and caches would save next to nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Generator:
         seed: int = 0,
         stop: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
+        on_done: Callable[[int], None] | None = None,
         batch_size: int = 8,
     ) -> list[Completion]:
         """Continues each prompt until eos, a stop string, or a limit.
@@ -116,28 +119,75 @@ class Generator:
           stop: strings that end the text.
           on_text: called with (index of the prompt, next part of its text) as soon as that part is
             certain; the parts add up to `Completion.text`.
-          batch_size: prompts at a time.
+          on_done: called with the number of prompts that are done, each time that one is.
+          batch_size: prompts at a time, longest first, so that little is padding.
 
         Raises:
           UserError: an argument is out of range; a prompt is empty where the tokenizer has no
             token to begin with, or so long that nothing can follow.
         """
         sampling.validate()
-        for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
-            if value < 1:
-                raise UserError(f"{name}: must be at least 1, not {value}")
         if not 0 <= seed < 2**32:
             raise UserError(f"seed: must be from 0 to 2**32 - 1, not {seed}")
         if any(not s for s in stop):
             raise UserError("stop: an empty stop string would end every text at once")
+        rows, batches, B = self._batches(prompts, max_tokens, batch_size, stop)
+        on_end = _counting(on_done)
+        for active in batches:
+            self._run(active, B, sampling.knobs(), seed, on_text, on_end)
+        return [row.completion() for row in rows]
+
+    def beam_search(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int,
+        beams: int = 4,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+        on_done: Callable[[int], None] | None = None,
+        batch_size: int = 8,
+    ) -> list[Completion]:
+        """Continues each prompt by the most probable text that beam search finds; with one beam,
+        greedily. See `generate` for what is not said here.
+
+        Args:
+          beams, length_penalty, early_stopping: see `BeamSearch`.
+          batch_size: prompts at a time, each with all its beams.
+        """
+        settings = BeamSearch(beams, length_penalty, early_stopping).validate()
+        rows, batches, B = self._batches(prompts, max_tokens, batch_size, ())
+        on_end = _counting(on_done)
+        for active in batches:
+            found = search(
+                self.model,
+                [row.ids for row in active],
+                [row.budget for row in active],
+                settings,
+                rows=B,
+                stop_ids=self.tokenizer.stop_ids,
+                vocab_size=self.tokenizer.vocab_size,
+                on_end=on_end,
+            )
+            for row, tokens in zip(active, found):
+                for token in tokens:
+                    row.take(token)
+        return [row.completion() for row in rows]
+
+    def _batches(
+        self, prompts: Sequence[str], max_tokens: int, batch_size: int, stop: Sequence[str]
+    ) -> "tuple[list[_Row], list[list[_Row]], int]":
+        """The prompts in their order, the same in batches, and the rows to compile for."""
+        for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"{name}: must be at least 1, not {value}")
         rows = [
             self._row(i, prompt, len(prompts), max_tokens, stop) for i, prompt in enumerate(prompts)
         ]
+        batches = by_length([len(row.ids) for row in rows], batch_size)
         parts = shards("batch")
         B = -(-min(batch_size, len(rows)) // parts) * parts  # the same for the last, smaller one
-        for first in range(0, len(rows), batch_size):
-            self._run(rows[first : first + batch_size], B, sampling.knobs(), seed, on_text)
-        return [row.completion() for row in rows]
+        return rows, [[rows[i] for i in batch] for batch in batches], B
 
     def _row(
         self, index: int, prompt: str, count: int, max_tokens: int, stop: Sequence[str]
@@ -168,19 +218,19 @@ class Generator:
         knobs: Knobs,
         seed: int,
         on_text: Callable[[int, str], None] | None,
+        on_end: Callable[[], None] | None,
     ) -> None:
         """Completes some prompts, side by side in the first of `B` rows; the others are idle."""
         limit, vocab_size = self.model.config.max_length, self.tokenizer.vocab_size
         longest = max(len(row.ids) for row in active)
         most = max(row.budget for row in active)
-        tokens_BT = np.zeros((B, min(_bucket(longest), limit)), np.int32)
-        lengths_B, index_B = np.ones(B, np.int32), np.zeros(B, np.int32)
+        tokens_BT, lengths_B = padded([row.ids for row in active], B, limit)
+        index_B = np.zeros(B, np.int32)
         seen_BV = None
         if knobs.repetition_penalty is not None:
             seen_BV = np.zeros((B, self.model.config.vocab_size), bool)
         for r, row in enumerate(active):
-            lengths_B[r], index_B[r] = len(row.ids), row.index
-            tokens_BT[r, : len(row.ids)] = row.ids
+            index_B[r] = row.index
             if seen_BV is not None:
                 seen_BV[r, row.ids] = True
         newest, state = prefill(
@@ -188,7 +238,7 @@ class Generator:
             tokens_BT,
             Rows(np.zeros(B, np.int32), lengths_B, index_B, np.uint32(seed), knobs),
             seen_BV,
-            slots=min(_bucket(longest + most), limit),
+            slots=min(bucket(longest + most), limit),
             vocab_size=vocab_size,
         )
         for n in range(most):
@@ -197,8 +247,12 @@ class Generator:
             if n + 1 < most:
                 newest, state = step(self.model, newest, state, vocab_size=vocab_size)
             for row, token in zip(active, jax.device_get(drawn_B).tolist()):
-                if row.finish_reason is None and (text := row.take(token)) and on_text:
+                if row.finish_reason is not None:
+                    continue
+                if (text := row.take(token)) and on_text:
                     on_text(row.index, text)
+                if row.finish_reason and on_end:
+                    on_end()
             if all(row.finish_reason for row in active):
                 break
 
@@ -236,9 +290,10 @@ class _Row:
         return Completion(self.prompt, self.stream.text, tuple(self.tokens), self.finish_reason)
 
 
-def _bucket(n: int) -> int:
-    """The power of two to compile for."""
-    return max(_SMALLEST_BUCKET, 1 << (n - 1).bit_length())
+def _counting(on_done: Callable[[int], None] | None) -> Callable[[], None] | None:
+    """Called without arguments, it calls `on_done` with how often it has been called."""
+    count = itertools.count(1)
+    return on_done and (lambda: on_done(next(count)))
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "vocab_size"))
@@ -260,19 +315,7 @@ def prefill(
       seen_BV: bool, the tokens of each prompt, for the penalty.
       slots: of the cache, at least T.
     """
-    B, T = tokens_BT.shape
-    tokens_BT = reshard(tokens_BT, activation_spec("batch", None))
-    prefix_BT = None
-    if model.config.prefix_attention:  # the prompt, without the padding behind it
-        lengths_B1 = reshard(rows.position_B, activation_spec("batch"))[:, None]
-        prefix_BT = jnp.arange(T)[None] < lengths_B1
-    # Attention over the prompt alone, not over the empty slots that follow.
-    x_BTD, cache = model(tokens_BT, prefix_BT=prefix_BT, cache=init_cache(model.config, B, T))
-    cache = lengthen(cache, slots)
-    last_B1 = reshard(rows.position_B, activation_spec("batch"))[:, None] - 1
-    is_last_BT = jnp.arange(T)[None] == last_B1
-    # A sum of one term; an index into a sharded batch would gather the batch.
-    x_BD = jnp.sum(jnp.where(is_last_BT[:, :, None], x_BTD, 0), axis=1)
+    x_BD, cache = read(model, tokens_BT, rows.position_B, slots)
     state = State(cache, None)
     return _draw(model, x_BD, rows, state, rows.position_B, seen_BV, vocab_size)
 

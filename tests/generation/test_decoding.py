@@ -4,15 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_generation import GPT2, LetterTokenizer, build
+from tiny_generation import GPT2, LetterTokenizer, build, on_mesh
 
 from lm_jax.config import MeshConfig
 from lm_jax.errors import UserError
 from lm_jax.generation.decoding import Generator, Rows, prefill, step
 from lm_jax.generation.sampling import Sampling
-from lm_jax.model.parameters import bind, logical_axes, split
 from lm_jax.model.transformer import Transformer
-from lm_jax.sharding.mesh import make_mesh, parameter_spec
+from lm_jax.sharding.mesh import make_mesh
 
 GREEDY = Sampling(temperature=0.0)
 MIXED = ["", "aa", "babbcadaea", "cb" * 33]  # the last one is longer than the smallest bucket
@@ -40,15 +39,6 @@ def greedy_by_full_passes(model, tokenizer, prompt: str, count: int, penalty=1.0
         scores_V[seen] = lowered[seen]
         ids.append(int(scores_V.argmax()))
     return ids[-count:]
-
-
-def on_mesh(model: Transformer, mesh: jax.sharding.Mesh) -> Transformer:
-    with jax.set_mesh(mesh):
-        shardings = {
-            name: jax.sharding.NamedSharding(mesh, parameter_spec(*axes))
-            for name, axes in logical_axes(model).items()
-        }
-        return bind(model, jax.device_put(split(model), shardings))
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])

@@ -7,7 +7,9 @@ import numpy as np
 
 from lm_jax.config import Config, ModelConfig, RopeScaling
 from lm_jax.data.tokenizer_base import Tokenizer
+from lm_jax.model.parameters import bind, logical_axes, split
 from lm_jax.model.transformer import Transformer
+from lm_jax.sharding.mesh import parameter_spec
 from lm_jax.validation import validate
 
 
@@ -53,3 +55,12 @@ def build(config: ModelConfig, seed: int = 0) -> Transformer:
     whole = Config(model=dataclasses.replace(config))
     whole.data.sources, whole.data.length = ("python:",), config.max_length
     return jax.jit(lambda key: Transformer(validate(whole).model, key))(jax.random.key(seed))
+
+
+def on_mesh(model: Transformer, mesh: jax.sharding.Mesh) -> Transformer:
+    with jax.set_mesh(mesh):
+        shardings = {
+            name: jax.sharding.NamedSharding(mesh, parameter_spec(*axes))
+            for name, axes in logical_axes(model).items()
+        }
+        return bind(model, jax.device_put(split(model), shardings))

@@ -1,0 +1,70 @@
+"""Prompts on their way into a model: grouped by length, padded, read into a cache.
+
+B rows, T prompt length, S cache slots, D width.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm_jax.model.cache import Cache, init_cache, lengthen
+from lm_jax.model.transformer import Transformer
+from lm_jax.sharding.mesh import activation_spec, reshard
+
+SMALLEST_BUCKET = 32  # tokens; shorter prompts and caches would save next to nothing
+
+
+def bucket(n: int) -> int:
+    """The power of two to compile for."""
+    return max(SMALLEST_BUCKET, 1 << (n - 1).bit_length())
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Places in `lengths`, longest first and `batch_size` at a time, so that little is padding."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for first in range(0, len(order), batch_size):
+        yield order[first : first + batch_size]
+
+
+def padded(prompts: Sequence[np.ndarray], B: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts side by side in the first of `B` rows; the others are one token long.
+
+    Args:
+      limit: the longest row.
+
+    Returns:
+      int32 ids [B, T], padded on the right with zeros, and the lengths, int32 [B].
+    """
+    T = min(bucket(max(map(len, prompts))), limit)
+    tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.ones(B, np.int32)
+    for r, ids in enumerate(prompts):
+        lengths_B[r], tokens_BT[r, : len(ids)] = len(ids), ids
+    return tokens_BT, lengths_B
+
+
+def read(
+    model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, slots: int
+) -> tuple[jax.Array, Cache]:
+    """Reads prompts, whatever they are padded with.
+
+    Args:
+      slots: of the cache, at least T.
+
+    Returns:
+      The hidden states [B, D] of the last tokens of the prompts, and the cache with the prompts.
+    """
+    B, T = tokens_BT.shape
+    tokens_BT = reshard(tokens_BT, activation_spec("batch", None))
+    lengths_B1 = reshard(lengths_B, activation_spec("batch"))[:, None]
+    place_1T = jnp.arange(T)[None]
+    prefix_BT = None
+    if model.config.prefix_attention:  # the prompt, without the padding behind it
+        prefix_BT = place_1T < lengths_B1
+    # Attention over the prompt alone, not over the empty slots that follow.
+    x_BTD, cache = model(tokens_BT, prefix_BT=prefix_BT, cache=init_cache(model.config, B, T))
+    is_last_BT = place_1T == lengths_B1 - 1
+    # A sum of one term; an index into a sharded batch would gather the batch.
+    x_BD = jnp.sum(jnp.where(is_last_BT[:, :, None], x_BTD, 0), axis=1)
+    return x_BD, lengthen(cache, slots)
