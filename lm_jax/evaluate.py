@@ -7,6 +7,11 @@ python -m lm_jax.evaluate --task=crows_pairs --model=DIR --source=FILE.csv [--ou
 
 How often the model finds the more stereotypical of two sentences more probable, overall and by
 category (CrowS-Pairs, Nangia et al. 2020); --output gets the scores of each pair.
+
+python -m lm_jax.evaluate --task=lm_eval:TASK[,TASK] --model=DIR [--task_path=FOLDER]
+
+Tasks of lm-evaluation-harness, or your own in its form in FOLDER (needs pip install
+'lm_jax[lm_eval]', which takes neither PyTorch nor Transformers); --output gets each example.
 """
 
 import json
@@ -18,7 +23,10 @@ from lm_jax import cli
 from lm_jax.errors import UserError
 
 _MODEL = cli.define_model_flag()
-_TASK = flags.DEFINE_string("task", None, "Which task: crows_pairs. Default: the loss of a text.")
+_TASK = flags.DEFINE_string(
+    "task", None, "Which task: crows_pairs, or lm_eval:TASK[,TASK]. Default: the loss of a text."
+)
+_TASK_PATH = flags.DEFINE_string("task_path", None, "Of lm_eval: a folder of your own task files.")
 _SOURCE = flags.DEFINE_multi_string(
     "source",
     [],
@@ -48,8 +56,9 @@ def main(argv: list[str]) -> None:
     if _TASK.value is not None:
         print(json.dumps(_run_task(_TASK.value, model)))
         return
-    if _OUTPUT.value:
-        raise UserError("--output: a loss has no single scores: it is for --task")
+    for flag in (_OUTPUT, _TASK_PATH):
+        if flag.value is not None:
+            raise UserError(f"--{flag.name}: has no meaning without --task: leave it out")
 
     from lm_jax import runtime
 
@@ -76,15 +85,18 @@ def main(argv: list[str]) -> None:
 
 
 def _run_task(task: str, model: str) -> dict[str, Any]:
-    if task != "crows_pairs":
-        raise UserError(f"--task: no task '{task}' (there is crows_pairs)")
-    if len(_SOURCE.value) != 1:
+    kind, _, names = task.partition(":")
+    names = [name for name in names.split(",") if name]
+    if not (task == "crows_pairs" or (kind == "lm_eval" and names)):
+        raise UserError(f"--task: no task '{task}' (there are crows_pairs and lm_eval:TASK[,TASK])")
+    if kind == "crows_pairs" and len(_SOURCE.value) != 1:
         raise UserError(
             f"--source: crows_pairs needs one file, the authors' CSV, not {len(_SOURCE.value)}"
         )
-    for flag in (_DOCUMENT, _TEXT_KEY, _ON_ERROR, _LENGTH, _MAX_BATCHES):
-        if flag.value is not None:
-            raise UserError(f"--{flag.name}: has no meaning for --task={task}: leave it out")
+    unused = (_SOURCE,) if kind == "lm_eval" else (_TASK_PATH,)
+    for flag in (*unused, _DOCUMENT, _TEXT_KEY, _ON_ERROR, _LENGTH, _MAX_BATCHES):
+        if flag.value not in (None, []):
+            raise UserError(f"--{flag.name}: has no meaning for --task={kind}: leave it out")
     if _OUTPUT.value:
         cli.check_new_file("output", _OUTPUT.value)
 
@@ -92,16 +104,17 @@ def _run_task(task: str, model: str) -> dict[str, Any]:
 
     runtime.configure()
 
-    from lm_jax.training.standard_tasks import run_crows_pairs
+    from lm_jax.training.standard_tasks import run_crows_pairs, run_lm_eval
 
-    return run_crows_pairs(
-        model,
-        _SOURCE.value[0],
-        output=_OUTPUT.value,
-        step=_STEP.value,
-        dtype=_DTYPE.value,
-        batch_size=_BATCH_SIZE.value,
-    )
+    settings = {
+        "output": _OUTPUT.value,
+        "step": _STEP.value,
+        "dtype": _DTYPE.value,
+        "batch_size": _BATCH_SIZE.value,
+    }
+    if kind == "lm_eval":
+        return run_lm_eval(model, names, task_path=_TASK_PATH.value, **settings)
+    return run_crows_pairs(model, _SOURCE.value[0], **settings)
 
 
 if __name__ == "__main__":

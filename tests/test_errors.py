@@ -179,9 +179,9 @@ def test_a_run_that_diverges_is_stopped(corpus, tmp_path):
 def test_a_task_that_cannot_be_run(tmp_path):
     model, task = f"--model={tmp_path}", "--task=crows_pairs"
     for flags, said in (
-        (["--task=crow_pairs"], "no task 'crow_pairs'"),
+        (["--task=lm_eval:"], "no task 'lm_eval:' (there are crows_pairs and lm_eval:TASK"),
         ([task], "--source: crows_pairs needs one file"),
         ([task, "--source=a", "--max_batches=1"], "--max_batches: has no meaning"),
-        (["--output=scores.jsonl"], "--output: a loss has no single scores"),
+        (["--output=scores.jsonl"], "--output: has no meaning without --task"),
     ):
         assert said in fails(model, *flags, command="evaluate")

@@ -98,6 +98,8 @@ def checkout(tmp_path_factory) -> pathlib.Path:
     (root / "records.jsonl").write_text(records)
     pairs = ",sent_more,sent_less,stereo_antistereo,bias_type\n0,a b,a c,stereo,age\n"
     (root / "crows_pairs_anonymized.csv").write_text(pairs)
+    question = {"question": "France:", "choices": ["Paris", "Rome"], "answer": 0}
+    (root / "capitals.jsonl").write_text(json.dumps(question) + "\n")
     (root / "input.txt").write_text("".join(texts))
     return root
 
@@ -105,7 +107,11 @@ def checkout(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def done(checkout) -> str:
     """What the commands printed, all of them having succeeded."""
-    env = commands.environment(cache=checkout / "cache") | {"TFDS_DATA_DIR": str(checkout / "tfds")}
+    env = commands.environment(cache=checkout / "cache") | {
+        "TFDS_DATA_DIR": str(checkout / "tfds"),
+        "HF_HOME": str(checkout / "hf"),
+        "HF_HUB_OFFLINE": "1",
+    }
     env["CHROMIUM"] = sys.executable  # nothing is installed
     for variable in ("PYTHON", "VENV", "LM_JAX_EXTRAS"):
         env.pop(variable, None)
@@ -114,6 +120,10 @@ def done(checkout) -> str:
             (checkout / named[1]).write_text(code)
         else:
             _run([sys.executable, "-c", code], checkout, env)
+    for code in blocks("yaml"):
+        file = checkout / re.match(r"# (\S+\.yaml)\n", code)[1]
+        file.parent.mkdir()
+        file.write_text(code)
     script = "\n".join(["set -eu", *blocks("sh")])
     return _run(["bash", "-c", script], checkout, env)
 
@@ -144,6 +154,7 @@ def test_commands_and_code_run(done, checkout):
     assert len((checkout / "completions.jsonl").read_text().splitlines()) == 2
     assert json.loads((checkout / "pairs.jsonl").read_text())["bias"] == "age"
     assert '"by_category": {"age": {"score": ' in done
+    assert '"results": {"capitals": {' in done and '"acc,none": ' in done
     assert done.count('"bits_per_byte"') == 3
     assert "plan for v5e:2x2: 4 devices" in done and "of 15.75: fits" in done
     assert "wrote a qwen3 model" in done and "without a tokenizer" not in done

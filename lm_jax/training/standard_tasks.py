@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -62,7 +62,44 @@ def run_crows_pairs(
     ):
         result = crows_pairs(scorer, source, count)
     if output:
-        with open(output, "x", encoding="utf-8") as f:
-            for score in result.scores:
-                f.write(json.dumps(score.record(), ensure_ascii=False) + "\n")
+        _write(output, (score.record() for score in result.scores))
     return {"model": loaded.source.path, "step": loaded.source.step} | result.summary()
+
+
+def run_lm_eval(
+    path: str,
+    names: Sequence[str],
+    *,
+    task_path: str | None = None,
+    output: str | None = None,
+    step: int | None = None,
+    dtype: str | None = None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """What lm-evaluation-harness finds; its record of each example goes to `output`.
+
+    Args:
+      names, task_path: see `lm_jax.evaluation.harness.load_tasks`; for the others
+        `run_crows_pairs`.
+
+    Raises:
+      UserError: it is not installed, or model or task cannot be read or used.
+    """
+    from lm_jax.evaluation import harness
+
+    tasks = harness.load_tasks(names, task_path)
+    with (
+        loaded_scorer(path, step, dtype, batch_size) as (loaded, scorer),
+        progress_bar("requests") as count,
+    ):
+        result, samples = harness.run(scorer, tasks, count)
+    if output:
+        _write(output, samples)
+    about = {"model": loaded.source.path, "step": loaded.source.step, "task": "lm_eval"}
+    return about | result
+
+
+def _write(path: str, records: Iterable[dict[str, Any]]) -> None:
+    with open(path, "x", encoding="utf-8") as f:
+        for record in records:
+            f.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
