@@ -4,6 +4,12 @@
 
 Needs torch and transformers (the `test` extra). Transformers scores one sentence at a time, and of
 a masked model one masked token at a time. Prints a table and a JSON line.
+
+Seen on two CPU cores, of the first 200 pairs:
+
+| model | here | Transformers | pairs with the same preference | largest difference |
+|---|---|---|---|---|
+| SmolLM2-135M-Instruct | 57.0 | 57.0 | 200 | 0.0004 nats |
 """
 
 import argparse
