@@ -227,7 +227,7 @@ class Generator:
         tokens_BT, lengths_B = padded([row.ids for row in active], B, limit)
         index_B = np.zeros(B, np.int32)
         seen_BV = None
-        if knobs.repetition_penalty is not None:
+        if knobs.repetition_penalty_B is not None:
             seen_BV = np.zeros((B, self.model.config.vocab_size), bool)
         for r, row in enumerate(active):
             index_B[r] = row.index

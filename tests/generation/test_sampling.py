@@ -6,9 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import quick_jit
 
 from lm_jax.errors import UserError
-from lm_jax.generation.sampling import Sampling, candidates, next_tokens, penalized, row_keys
+from lm_jax.generation.sampling import (
+    Sampling,
+    allowed,
+    knobs_of,
+    next_tokens,
+    penalized,
+    row_keys,
+)
 
 V = 128
 
@@ -36,14 +44,8 @@ def reference(logits: np.ndarray, s: Sampling) -> np.ndarray:
 
 
 def distribution(logits_BV: np.ndarray, s: Sampling) -> np.ndarray:
-    """What `candidates` makes of it, as float [B, V]."""
-    scores_BC, ids_BC = jax.jit(candidates)(logits_BV, s.knobs())
-    p_BC = np.asarray(jax.nn.softmax(scores_BC))
-    if ids_BC is None:
-        return p_BC
-    p_BV = np.zeros_like(logits_BV)
-    np.put_along_axis(p_BV, np.asarray(ids_BC), p_BC, axis=1)
-    return p_BV
+    """What `allowed` makes of it, as float [B, V]."""
+    return np.asarray(jax.nn.softmax(jax.jit(allowed)(logits_BV, s.knobs())))
 
 
 PLAIN = Sampling(top_k=0)
@@ -71,6 +73,38 @@ def test_the_distribution_is_that_of_the_definitions(sampling):
     wanted = np.stack([reference(row, sampling) for row in logits_BV])
     np.testing.assert_array_equal(ours > 0, wanted > 0)
     np.testing.assert_allclose(ours, wanted, rtol=2e-4)
+
+
+def test_rows_differ_and_do_not_depend_on_one_another():
+    """Any settings side by side: what each row may draw, and what it draws, is as if alone."""
+    rng, wide = np.random.default_rng(5), 1500
+
+    def setting() -> Sampling:
+        return Sampling(
+            temperature=float(rng.choice([0, 0.3, 1, 2])),
+            top_k=int(rng.choice([0, 1, 7, 64, 65, 1024, 1400, 10**12])),
+            top_p=float(rng.choice([1, 1, 0.1, 0.9, 0.99])),
+            min_p=float(rng.choice([0, 0, 0.05])),
+            repetition_penalty=float(rng.choice([1, 1, 1.4])),
+        )
+
+    settings = [setting() for _ in range(32)]
+    scales = rng.choice([0.5, 4.0], (32, 1))  # flat ones reach far beyond the best 1024
+    logits_BV = (scales * rng.normal(size=(32, wide))).astype(np.float32)
+    seen_BV = rng.random((32, wide)) < 0.5
+    keys_B = row_keys(rng.integers(0, 2**32, 32, np.uint32), np.arange(32), np.arange(32))
+    draw = jax.jit(next_tokens, static_argnums=4)
+    together = draw(logits_BV, knobs_of(settings), keys_B, seen_BV, wide)
+    for i in range(32):
+        part = slice(i, i + 1)
+        alone = logits_BV[part], knobs_of(settings[part]), keys_B[part], seen_BV[part]
+        np.testing.assert_array_equal(draw(*alone, wide), together[part])
+    allowed_BV = jax.jit(allowed)(logits_BV, knobs_of(settings)) > -np.inf
+    for row, kept, s in zip(logits_BV, allowed_BV, settings):
+        if s.temperature > 0:
+            wanted = reference(row, s) > 0
+            # Where the sum of float32 reaches top-p, and that of float64, may be one id apart.
+            assert (kept != wanted).sum() <= (s.top_p < 1)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(top_k=5), Sampling(top_k=0, top_p=0.57)], ids=str)
@@ -118,7 +152,7 @@ def test_repetition_penalty():
     logits_BV = np.array([[2.0, -1.0, 1.9, -0.9, 0.0]], np.float32)
     seen_BV = np.array([[True, True, False, False, False]])
     sampling = dataclasses.replace(PLAIN, repetition_penalty=1.25)
-    lowered_BV = penalized(logits_BV, seen_BV, sampling.knobs().repetition_penalty)
+    lowered_BV = penalized(logits_BV, seen_BV, sampling.knobs().repetition_penalty_B)
     np.testing.assert_allclose(lowered_BV, [[1.6, -1.25, 1.9, -0.9, 0.0]])
     greedy = dataclasses.replace(sampling, temperature=0.0).knobs()
     keys_B = jax.random.split(jax.random.key(0), 1)
@@ -132,7 +166,7 @@ def test_no_temperature_is_too_low(scale):
     keys_B = jax.random.split(jax.random.key(0), 50)
     for top_p in (0.9, 1.0):
         knobs = Sampling(1e-30, top_p=top_p).knobs()
-        drawn_B = next_tokens(jnp.array(logits_BV), knobs, keys_B, None, V)
+        drawn_B = quick_jit(next_tokens, static_argnums=4)(logits_BV, knobs, keys_B, None, V)
         np.testing.assert_array_equal(drawn_B, logits_BV.argmax(axis=1))
 
 
