@@ -58,7 +58,7 @@ class Rows(NamedTuple):
     token_B: jax.Array  # int32, the newest token: in the sequence, not yet in the cache
     position_B: jax.Array  # int32, its position
     row_B: jax.Array  # int32, the index of its prompt
-    seed: jax.Array  # uint32
+    seed: jax.Array  # uint32, one for all rows or one for each
     knobs: Knobs
 
 
@@ -176,7 +176,7 @@ class Generator:
 
     def _batches(
         self, prompts: Sequence[str], max_tokens: int, batch_size: int, stop: Sequence[str]
-    ) -> "tuple[list[_Row], list[list[_Row]], int]":
+    ) -> "tuple[list[Row], list[list[Row]], int]":
         """The prompts in their order, the same in batches, and the rows to compile for."""
         for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
             if value < 1:
@@ -191,7 +191,7 @@ class Generator:
 
     def _row(
         self, index: int, prompt: str, count: int, max_tokens: int, stop: Sequence[str]
-    ) -> "_Row":
+    ) -> "Row":
         """A prompt as ids, with what the tokenizer puts before it."""
         which = f"prompt {index + 1} of {count}" if count > 1 else "the prompt"
         t, limit = self.tokenizer, self.model.config.max_length
@@ -209,11 +209,11 @@ class Generator:
                 f" generated ones included: shorten it to {limit - 1} or fewer"
             )
         budget = min(max_tokens, limit - len(ids))
-        return _Row(index, prompt, ids, TextStream(t.stream(), ids, stop), budget, t.stop_ids)
+        return Row(index, prompt, ids, TextStream(t.stream(), ids, stop), budget, t.stop_ids)
 
     def _run(
         self,
-        active: "list[_Row]",
+        active: "list[Row]",
         B: int,
         knobs: Knobs,
         seed: int,
@@ -258,7 +258,7 @@ class Generator:
 
 
 @dataclasses.dataclass
-class _Row:
+class Row:
     """A prompt in the making."""
 
     index: int
@@ -316,31 +316,46 @@ def prefill(
       slots: of the cache, at least T.
     """
     x_BD, cache = read(model, tokens_BT, rows.position_B, slots)
-    state = State(cache, None)
-    return _draw(model, x_BD, rows, state, rows.position_B, seen_BV, vocab_size)
+    rows, seen_BV = draw_tokens(scores(model, x_BD), rows, seen_BV, vocab_size)
+    return rows, State(cache, seen_BV)
 
 
 @functools.partial(jax.jit, static_argnames=("vocab_size",), donate_argnames=("state",))
 def step(model: Transformer, rows: Rows, state: State, *, vocab_size: int) -> tuple[Rows, State]:
     """Puts the newest token of each row in the cache and draws the one after it."""
-    token_B1 = reshard(rows.token_B, activation_spec("batch"))[:, None]
-    position_B1 = reshard(rows.position_B, activation_spec("batch"))[:, None]
-    x_B1D, cache = model(token_B1, positions_BT=position_B1, cache=state.cache)
+    logits_BV, cache = advance(model, rows.token_B, rows.position_B, state.cache)
     # Rows that are done go on, unheard, in the last slot.
-    position_B = jnp.minimum(rows.position_B + 1, cache.length - 1)
-    seen_BV = state.seen_BV
-    return _draw(model, x_B1D[:, 0], rows, State(cache, None), position_B, seen_BV, vocab_size)
+    rows = rows._replace(position_B=jnp.minimum(rows.position_B + 1, cache.length - 1))
+    rows, seen_BV = draw_tokens(logits_BV, rows, state.seen_BV, vocab_size)
+    return rows, State(cache, seen_BV)
 
 
-def _draw(model, x_BD, rows, state, position_B, seen_BV, vocab_size):
-    logits_BV = model.logits(x_BD[:, None])[:, 0]
+def scores(model: Transformer, x_BD: jax.Array) -> jax.Array:
+    """float32 [B, V], of what follows each row."""
+    return model.logits(x_BD[:, None])[:, 0]
+
+
+def advance(
+    model: Transformer, token_B: jax.Array, position_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Puts a token of each row in the cache, and gives the scores [B, V] of what follows."""
+    token_B1 = reshard(token_B, activation_spec("batch"))[:, None]
+    position_B1 = reshard(position_B, activation_spec("batch"))[:, None]
+    x_B1D, cache = model(token_B1, positions_BT=position_B1, cache=cache)
+    return scores(model, x_B1D[:, 0]), cache
+
+
+def draw_tokens(
+    logits_BV: jax.Array, rows: Rows, seen_BV: jax.Array | None, vocab_size: int
+) -> tuple[Rows, jax.Array | None]:
+    """Draws the token at each row's position, and notes it as seen."""
     batch = activation_spec("batch")
-    keys_B = row_keys(rows.seed, reshard(rows.row_B, batch), reshard(position_B, batch))
+    seeds = reshard(rows.seed, batch) if jnp.ndim(rows.seed) else rows.seed
+    keys_B = row_keys(seeds, reshard(rows.row_B, batch), reshard(rows.position_B, batch))
     if seen_BV is not None:
         seen_BV = reshard(seen_BV, activation_spec("batch", None))
     token_B = next_tokens(logits_BV, rows.knobs, keys_B, seen_BV, vocab_size)
     if seen_BV is not None:
         seen_BV |= token_B[:, None] == jnp.arange(seen_BV.shape[1])[None]
     # On every device, and so on every host: each reads all tokens.
-    token_B = reshard(token_B, activation_spec(None))
-    return rows._replace(token_B=token_B, position_B=position_B), state._replace(seen_BV=seen_BV)
+    return rows._replace(token_B=reshard(token_B, activation_spec(None))), seen_BV

@@ -95,7 +95,7 @@ def test_rows_differ_and_do_not_depend_on_one_another():
     keys_B = row_keys(rng.integers(0, 2**32, 32, np.uint32), np.arange(32), np.arange(32))
     draw = jax.jit(next_tokens, static_argnums=4)
     together = draw(logits_BV, knobs_of(settings), keys_B, seen_BV, wide)
-    for i in range(32):
+    for i in range(8):
         part = slice(i, i + 1)
         alone = logits_BV[part], knobs_of(settings[part]), keys_B[part], seen_BV[part]
         np.testing.assert_array_equal(draw(*alone, wide), together[part])
