@@ -119,9 +119,7 @@ class Batch:
         if self._knobs is None:
             self._knobs = _rows(self._places, np.zeros(len(self._places), np.int32))
         position_R = np.array([s.position if s else 0 for s in self._places], np.int32)
-        logits_RV, cache = _advance(
-            self._model, self._state.token_R, position_R, self._state.cache
-        )
+        logits_RV, cache = _advance(self._model, self._state.token_R, position_R, self._state.cache)
         rows = self._knobs._replace(position_B=position_R + 1)
         seen_RV = self._state.seen_RV
         penalty = rows.knobs.repetition_penalty_B is not None
@@ -206,9 +204,7 @@ def _empty(model: Transformer, R: int, S: int) -> State:
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
-def _insert(
-    cache: Cache, others: tuple[jax.Array, jax.Array], one: State, row: jax.Array
-) -> State:
+def _insert(cache: Cache, others: tuple[jax.Array, jax.Array], one: State, row: jax.Array) -> State:
     """Puts a state of one row, with as many slots or fewer, at `row`; the tokens that are there may
     still be read."""
 

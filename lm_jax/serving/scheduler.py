@@ -8,11 +8,10 @@ the one before it are read.
 import collections
 import contextlib
 import dataclasses
-import queue
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -44,18 +43,22 @@ class Failed(Exception):
     """A job was ended by a defect."""
 
 
+Event = str | Completion | Exception
+
+
 @dataclasses.dataclass
 class Job:
     """One continuation, made by `Scheduler.job`.
 
     Attributes:
-      events: pieces of text as they become certain, then the Completion, or else an exception.
+      tell: called by the scheduler's thread with pieces of text as they become certain, then with
+        the Completion, or else with an exception. It must not wait.
     """
 
     row: Row
     entry: Entry
-    deadline: float = float("inf")  # of time.monotonic
-    events: queue.SimpleQueue = dataclasses.field(default_factory=queue.SimpleQueue)
+    tell: Callable[[Event], None]
+    deadline: float  # of time.monotonic
     cancelled: bool = False
     asked: int = 0  # tokens that were drawn or are on their way
 
@@ -119,6 +122,7 @@ class Scheduler:
     def job(
         self,
         prompt: str | np.ndarray,
+        tell: Callable[[Event], None],
         *,
         max_tokens: int,
         sampling: Sampling,
@@ -130,6 +134,7 @@ class Scheduler:
 
         Args:
           prompt: text, or the ids int32 [n] that are to be read.
+          tell: see `Job`.
           max_tokens: the most to generate; `max_length` is a limit too.
 
         Raises:
@@ -147,7 +152,7 @@ class Scheduler:
         text = prompt if isinstance(prompt, str) else ""
         budget = min(max_tokens, self.max_length - len(ids))
         row = Row(0, text, ids, TextStream(t.stream(), ids, stop), budget, t.stop_ids)
-        return Job(row, Entry(ids, sampling, seed), deadline)
+        return Job(row, Entry(ids, sampling, seed), tell, deadline)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queues all of the jobs, or none.
@@ -175,7 +180,7 @@ class Scheduler:
         with self._changed:
             self._closing = True
             while self._queue:
-                self._queue.popleft().events.put(Closed())
+                self._queue.popleft().tell(Closed())
             for job in self._running:
                 job.deadline = min(job.deadline, time.monotonic() + seconds)
             self._changed.notify_all()
@@ -237,9 +242,9 @@ class Scheduler:
     def _take(self, job: Job, token: int) -> None:
         text = job.row.take(token)
         if text:
-            job.events.put(text)
+            job.tell(text)
         if job.row.finish_reason:
-            job.events.put(job.row.completion())
+            job.tell(job.row.completion())
 
     def _drop(self) -> None:
         """Frees the rows of jobs that are over, and tells those that wait in vain."""
@@ -260,28 +265,14 @@ class Scheduler:
     def _end(self, job: Job) -> None:
         if job.row.finish_reason is None:
             job.row.finish_reason = "cancelled"
-            job.events.put(Closed() if self._closing else TimedOut())
+            job.tell(Closed() if self._closing else TimedOut())
 
     def _fail(self, error: Exception) -> None:
         with self._changed:
             for job in self._running:
                 if job.row.finish_reason is None:
                     job.row.finish_reason = "cancelled"
-                    job.events.put(Failed(f"{type(error).__name__} in the model"))
+                    job.tell(Failed(f"{type(error).__name__} in the model"))
             self._running.clear()
         self._flying.clear()
         self._batch.clear()
-
-
-def wait(job: Job) -> Completion:
-    """What becomes of a job that was submitted.
-
-    Raises:
-      Failed, TimedOut, Closed: nothing.
-    """
-    while True:
-        event = job.events.get()
-        if isinstance(event, Exception):
-            raise event
-        if isinstance(event, Completion):
-            return event

@@ -30,7 +30,7 @@ def make(model, tokenizer):
     made = []
 
     def start(**arguments) -> Scheduler:
-        arguments = {"slots": 5, "waiting": 100} | arguments
+        arguments = {"slots": 4, "waiting": 100} | arguments
         made.append(Scheduler(model, tokenizer, **arguments))
         return made[-1]
 
@@ -40,23 +40,16 @@ def make(model, tokenizer):
 
 
 def requests(count: int) -> list[dict]:
-    """Prompts, lengths and sampling of all kinds; no two alike."""
+    """Prompts, lengths and sampling of many kinds; no two alike."""
     rng = np.random.default_rng(0)
-    kinds = [
-        Sampling(0.0),
-        Sampling(top_k=0),
-        Sampling(),
-        Sampling(0.7, top_k=0, top_p=0.8),
-        Sampling(0.0, repetition_penalty=1.5),
-        Sampling(1.5, top_k=9, min_p=0.05, repetition_penalty=1.2),
-    ]
+    kinds = [Sampling(0.0), Sampling(top_k=0), Sampling(), Sampling(0.7, top_k=0, top_p=0.8)]
     return [
         {
-            "prompt": "".join(rng.choice(["aa", "ba", "cb"], rng.integers(0, 90))),
-            "max_tokens": int(rng.integers(1, 60)),
-            "sampling": kinds[i % len(kinds)],
+            "prompt": "".join(rng.choice(["aa", "ba", "cb"], rng.integers(0, 31))),
+            "max_tokens": 99 + i if i % 9 else 1 + i,
+            "sampling": kinds[i % 4],
             "seed": int(rng.integers(2**32)),
-            "stop": ("ab", "zc") if i % 4 == 0 else (),
+            "stop": ("ab", "zc") if i % 3 == 0 else (),
         }
         for i in range(count)
     ]
@@ -64,7 +57,7 @@ def requests(count: int) -> list[dict]:
 
 def test_many_at_once_end_as_each_would_alone(make, model, tokenizer):
     """And the cache grows, shrinks and changes hands on the way."""
-    wanted, asked = [], requests(36)
+    wanted, asked = [], requests(24)
     for request in asked:
         arguments = {k: v for k, v in request.items() if k != "prompt"}
         wanted += Generator(model, tokenizer).generate([request["prompt"]], **arguments)
@@ -83,7 +76,7 @@ def test_many_at_once_end_as_each_would_alone(make, model, tokenizer):
     for i in range(len(asked)):
         threads.append(threading.Thread(target=ask, args=(i,)))
         threads[-1].start()
-        if i % 9 == 8:
+        if i % 7 == 6:
             time.sleep(0.2)  # they come in waves
     for thread in threads:
         thread.join()
