@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.generation.decoding import Rows, advance, bucket, draw_tokens, read
+from lm_jax.generation.decoding import Rows, advance, draw_tokens, scores
+from lm_jax.generation.reading import bucket, padded, read
 from lm_jax.generation.sampling import Sampling, knobs_of
 from lm_jax.model.cache import AXES, Cache, init_cache
 from lm_jax.model.transformer import Transformer
@@ -35,7 +36,7 @@ class State(NamedTuple):
     seen_RV: jax.Array  # bool; kept up to date of rows with a repetition penalty alone
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Entry:
     """A sequence in the making.
 
@@ -79,13 +80,12 @@ class Batch:
           int32 [1], the token after it; not waited for.
         """
         length = len(entry.ids)
-        tokens_1T = np.zeros((1, min(bucket(length), self._max_length)), np.int32)
-        tokens_1T[0, :length] = entry.ids
+        tokens_1T, length_1 = padded([entry.ids], 1, self._max_length)
         seen_1V = np.zeros((1, self._model.config.vocab_size), bool)
         seen_1V[0, entry.ids] = True
         entry.position = length
         rows = _rows([entry], np.zeros(1, np.int32))
-        logits_1V, cache = _read(self._model, tokens_1T, rows.position_B)
+        logits_1V, cache = _read(self._model, tokens_1T, length_1)
         token_1, seen_1V = _draw(logits_1V, rows, seen_1V, self._vocab_size)
         if None not in self._places or self._slots < tokens_1T.shape[1]:
             self._resize(self.count + 1, max(length + 1, tokens_1T.shape[1]))
@@ -181,7 +181,8 @@ def _rows(entries: Sequence[Entry | None], zeros: np.ndarray) -> Rows:
 
 @jax.jit
 def _read(model: Transformer, tokens_1T: jax.Array, length_1: jax.Array):
-    return read(model, tokens_1T, length_1)
+    x_1D, cache = read(model, tokens_1T, length_1, slots=tokens_1T.shape[1])
+    return scores(model, x_1D), cache
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))

@@ -46,7 +46,7 @@ class Failed(Exception):
 Event = str | Completion | Exception
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Job:
     """One continuation, made by `Scheduler.job`.
 
