@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 from absl import flags
 
@@ -29,6 +30,12 @@ REPETITION_PENALTY = flags.DEFINE_float(
 )
 STOP = flags.DEFINE_multi_string("stop", [], r"Ends the text; may be repeated. \n is a line end.")
 SEED = flags.DEFINE_integer("seed", 0, "The same draws the same.", 0, 2**32 - 1)
+BEAMS = flags.DEFINE_integer(
+    "beams", None, "Draw nothing: search for a probable text, so many candidates at a time.", 1
+)
+LENGTH_PENALTY = flags.DEFINE_float(
+    "length_penalty", 1.0, "With --beams: the more, the longer the text; 0: sums count."
+)
 DTYPE = cli.define_dtype_flag()
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts at a time.", 1)
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices to split the model over.", 1)
@@ -44,12 +51,15 @@ def main(argv: list[str]) -> None:
     from lm_jax.generation.prompts import read_prompts
     from lm_jax.generation.sampling import Sampling
 
+    search = _beam_search()
     sampling = Sampling(
         TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, REPETITION_PENALTY.value
     ).validate()
     prompts = PROMPT.value + (read_prompts(PROMPT_FILE.value) if PROMPT_FILE.value else [])
     prompts = prompts or [""]
-    stream = (len(prompts) == 1 and not OUTPUT.value) if STREAM.value is None else STREAM.value
+    stream = STREAM.value
+    if stream is None:
+        stream = len(prompts) == 1 and not OUTPUT.value and search is None
     if stream and len(prompts) > 1:
         raise UserError(f"--stream shows one prompt at a time, and there are {len(prompts)}")
     if OUTPUT.value:
@@ -63,6 +73,7 @@ def main(argv: list[str]) -> None:
     from lm_jax.config import MeshConfig
     from lm_jax.generation.decoding import Generator
     from lm_jax.sharding.mesh import make_mesh
+    from lm_jax.training.metrics import progress_bar
     from lm_jax.training.weights import load_for_inference
 
     if TENSOR.value > jax.device_count():
@@ -74,16 +85,24 @@ def main(argv: list[str]) -> None:
     _warn_of_specials(prompts, loaded.tokenizer.specials.values())
     if stream:
         print(prompts[0], end="", flush=True)
-    with jax.set_mesh(mesh):
-        completions = generator.generate(
-            prompts,
-            max_tokens=MAX_TOKENS.value,
-            sampling=sampling,
-            seed=SEED.value,
-            stop=[_unescaped(s) for s in STOP.value],
-            on_text=(lambda row, text: print(text, end="", flush=True)) if stream else None,
-            batch_size=BATCH_SIZE.value,
-        )
+    several = progress_bar("prompts", len(prompts)) if len(prompts) > 1 else nullcontext()
+    with jax.set_mesh(mesh), several as count:
+        common = {
+            "max_tokens": MAX_TOKENS.value,
+            "on_done": count,
+            "batch_size": BATCH_SIZE.value,
+        }
+        if search is not None:
+            completions = generator.beam_search(prompts, **search, **common)
+        else:
+            completions = generator.generate(
+                prompts,
+                sampling=sampling,
+                seed=SEED.value,
+                stop=[_unescaped(s) for s in STOP.value],
+                on_text=(lambda row, text: print(text, end="", flush=True)) if stream else None,
+                **common,
+            )
     if stream:
         print()
     if OUTPUT.value:
@@ -93,6 +112,30 @@ def main(argv: list[str]) -> None:
         print(f"wrote {len(completions)} completion(s) to {OUTPUT.value}", file=sys.stderr)
     elif not stream:
         print(f"\n{'-' * 40}\n".join(c.prompt + c.text for c in completions))
+
+
+def _beam_search() -> dict[str, int | float] | None:
+    """What to search for; None: nothing, tokens are drawn.
+
+    Raises:
+      UserError: it is out of range, or another flag says something that a search does not do.
+    """
+    if BEAMS.value is None:
+        if flags.FLAGS[LENGTH_PENALTY.name].present:
+            raise UserError("--length_penalty is of a search: give --beams too, or leave it out")
+        return None
+    drawing = TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED
+    for flag in (*drawing, STOP, STREAM):
+        if flags.FLAGS[flag.name].present and flag.value is not False:
+            why = {STOP.name: "knows no stop strings", STREAM.name: "has no text before its end"}
+            raise UserError(
+                f"--{flag.name} does not go with --beams={BEAMS.value}: a search"
+                f" {why.get(flag.name, 'draws nothing')}; leave one of them out"
+            )
+    from lm_jax.generation.beam import BeamSearch
+
+    settings = BeamSearch(BEAMS.value, LENGTH_PENALTY.value).validate()
+    return {"beams": settings.beams, "length_penalty": settings.length_penalty}
 
 
 def _warn_of_specials(prompts: list[str], names: Iterable[str]) -> None:

@@ -116,9 +116,17 @@ def test_a_published_folder_is_used_as_it_is(published, corpus):
     hf = transformers.LlamaForCausalLM.from_pretrained(published)
     tokenizer = transformers.AutoTokenizer.from_pretrained(published)
     ids = tokenizer("ab", return_tensors="pt").input_ids
-    want = hf.generate(ids, max_new_tokens=8, do_sample=False)[0]
-    text = tokenizer.decode(want, skip_special_tokens=True).replace(" ", "")
-    assert said.replace(" ", "").strip() == text.strip()
+
+    def check(said: str, **how: object) -> None:
+        want = hf.generate(ids, max_new_tokens=8, do_sample=False, **how)[0]
+        text = tokenizer.decode(want, skip_special_tokens=True).replace(" ", "")
+        assert said.replace(" ", "").strip() == text.strip()
+
+    check(said)
+    search = "--beams=3", "--length_penalty=2"
+    searched = run("generate", f"--model={published}", "--prompt=ab", "--max_tokens=8", *search)
+    check(searched, num_beams=3, length_penalty=2.0)
+    assert searched != said
     result = evaluate_model(str(published), validation_sources=(str(corpus),), max_batches=1)
     assert result["step"] is None and 1 < result["loss"] < 10
 

@@ -119,14 +119,18 @@ class Stopwatch:
 
 
 @contextlib.contextmanager
-def progress_bar(unit: str) -> Iterator[Callable[[int], None] | None]:
-    """A counter on a terminal: call it with how many are done. None where there is no terminal."""
+def progress_bar(unit: str, total: int | None = None) -> Iterator[Callable[[int], None] | None]:
+    """A counter on a terminal: call it with how many are done. None where there is no terminal.
+
+    Args:
+      total: how many there are, if that is known.
+    """
     if not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    with tqdm(unit=f" {unit}", dynamic_ncols=True, leave=False) as bar:
+    with tqdm(total=total, unit=f" {unit}", dynamic_ncols=True, leave=False) as bar:
         yield lambda done: bar.update(done - bar.n)
 
 

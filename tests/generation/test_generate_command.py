@@ -22,6 +22,16 @@ def run(*flags: str) -> subprocess.CompletedProcess:
         (["--workdir=w", "--prompt=a", "--prompt=b", "--stream"], "--stream"),
         (["--workdir=w", f"--output={__file__}"], "is there already"),
         (["--workdir=w", "--output=nowhere/o.jsonl"], "no folder 'nowhere'"),
+        (
+            ["--workdir=w", "--beams=4", "--temperature=1"],
+            "--temperature does not go with --beams=4",
+        ),
+        (["--workdir=w", "--beams=4", "--seed=0"], "a search draws nothing"),
+        (["--workdir=w", "--beams=4", "--stop=a"], "knows no stop strings"),
+        (["--workdir=w", "--beams=4", "--stream"], "--stream does not go with --beams=4"),
+        (["--workdir=w", "--beams=0"], "--beams=0"),
+        (["--workdir=w", "--beams=2", "--length_penalty=50"], "length_penalty: must be from -10"),
+        (["--workdir=w", "--length_penalty=2"], "give --beams too"),
         (["w"], "unexpected argument 'w'"),
     ],
 )
