@@ -26,7 +26,7 @@ def define_config_flag() -> flags.FlagHolder:
     for key, value, f in walk(Config()):
         said = [docs[key]] if key in docs else []
         if choices := f.metadata.get("choices"):
-            said.append(" | ".join(choices))
+            said.append(" | ".join(map(str, choices)))
         lines.append(f"  --config.{key}={value!r}" + (f"  # {'; '.join(said)}" if said else ""))
     keys = "\n".join(lines)
     return config_flags.DEFINE_config_file(

@@ -104,8 +104,10 @@ class ModelConfig:
     attention_softcap: float = 0.0  # scores become cap * tanh(score / cap), as Gemma 2; 0: none
     logits_softcap: float = 0.0
     # masked_lm: a dense layer, the activation and a norm before the logits, and a bias, as BERT;
-    # none: the model ends with its hidden states.
-    head: str = choice("linear", "masked_lm", "none")
+    # classify: scores of `labels` classes, after the pooler if there is one; none: the model ends
+    # with its hidden states.
+    head: str = choice("linear", "masked_lm", "classify", "none")
+    labels: int = 0  # classes of a head 'classify'; set from data.labels
     tied_head: bool = True  # the head shares the token embedding
     pooler: bool = False  # a dense layer and tanh on the first token, as BERT
     moe: MoeConfig = field(default_factory=MoeConfig)
@@ -141,6 +143,8 @@ class TokenizerConfig:
     train_bytes: int = 10_000_000  # text to learn from, spread evenly over the training documents
 
 
+# Objectives whose data are examples, records with fields, and not running text.
+OF_EXAMPLES = ("complete", "classify")
 LEAST_MASKED_LENGTH = 3  # tokens of a row: [CLS], one that can be masked, [SEP]
 
 
@@ -162,8 +166,17 @@ class DataConfig:
     packing: str = choice("first_fit", "concatenate", "crop")
     packing_bins: int = 64  # first_fit: rows open at a time, in each lane
     attend_across_documents: bool = False
-    # What is predicted: the next token, or tokens that were masked (BERT, Devlin et al. 2018).
-    objective: str = choice("next_token", "masked")
+    # What is predicted: the next token; tokens that were masked (BERT, Devlin et al. 2018); or of
+    # examples, whose fields fill the templates below, the target alone (complete), or the class of
+    # a text (classify).
+    objective: str = choice("next_token", "masked", "complete", "classify")
+    prompt: str = ""  # complete, classify: what is given, such as 'Question: {question} Answer:'
+    # What is to be told: complete, as '{answer}'; classify, the label, by name or number. A field
+    # may hold several right answers; the first is learned.
+    target: str = ""
+    labels: tuple[str, ...] = ()  # classify: the names of the classes; label 0 is the first
+    # classify: the token whose state tells the class; None: the first, of a causal model the last.
+    label_token: str | None = field(default=None, metadata={"choices": (None, "first", "last")})
     mask_rate: float = 0.15  # masked: of the tokens; 80% of them masked, 10% random, 10% as is
     mask_whole_words: bool = False  # masked: all tokens of a word or none
     shuffle: bool = True
@@ -177,7 +190,7 @@ class DataConfig:
     def predictions(self) -> int:
         """Positions of a row that have a prediction: all, or with masks room for a share of them,
         rounded up to a multiple of 8 as matrix units like it."""
-        if self.objective == "next_token":
+        if self.objective != "masked":
             return self.length
         return min(self.length, -(-math.ceil(self.mask_rate * self.length) // 8) * 8)
 

@@ -48,7 +48,7 @@ def mistakes(config: Any, prefix: str = "") -> list[str]:
     for key, value, field in walk(config, prefix):
         allowed = field.metadata.get("choices")
         if allowed and value not in allowed:
-            wrong.append(f"{key}: '{value}' is none of {', '.join(allowed)}")
+            wrong.append(f"{key}: '{value}' is none of {', '.join(map(str, allowed))}")
     return wrong
 
 
@@ -99,9 +99,14 @@ def model_checks(model: ModelConfig) -> Iterator[Check]:
     )
     yield from _prefix_checks(model)
     yield (
-        model.head != "none" or model.tied_head,
+        model.head not in ("none", "classify") or model.tied_head,
         "model.tied_head",
-        "a model without a head has none of its own: leave it True",
+        "a model without a head for its vocabulary has none of its own: leave it True",
+    )
+    yield (
+        (model.labels >= 2) if model.head == "classify" else model.labels == 0,
+        "model.labels",
+        f"a head 'classify' has two classes or more, any other none, not {model.labels}",
     )
     yield 0 <= model.dropout < 1, "model.dropout", f"must be in [0, 1), not {model.dropout}"
     above_0 = "norm_epsilon init_std rope_theta rope_scaling.factor rope_scaling.original_length"

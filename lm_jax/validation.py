@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterator
 
-from lm_jax.config import LEAST_MASKED_LENGTH, Config, walk
+from lm_jax.config import LEAST_MASKED_LENGTH, OF_EXAMPLES, Config, walk
 from lm_jax.errors import UserError
 from lm_jax.model_validation import Check, derive_model, mistakes, model_checks
+from lm_jax.template import Template
 
 
 def validate(config: Config) -> Config:
@@ -27,6 +28,10 @@ def _mistakes(config: Config) -> list[str]:
 
 def _derive(config: Config) -> None:
     data, training = config.data, config.training
+    if data.objective == "classify":
+        data.label_token = data.label_token or ("last" if config.model.causal else "first")
+        if config.model.head == "classify" and not config.model.labels:
+            config.model.labels = len(data.labels)
     if data.lanes is None and data.batch_size > 0:
         # Hosts share them out: a large batch is one for many hosts.
         most = max(16, data.batch_size // 4)
@@ -69,6 +74,7 @@ def _checks(config: Config) -> Iterator[Check]:
     masked = data.objective == "masked"
     if training.steps:
         yield from _check_objective(config)
+    yield from _check_examples(config)
     yield 0 < data.mask_rate < 1, "data.mask_rate", f"must be in (0, 1), not {data.mask_rate}"
     yield (
         masked or not data.mask_whole_words,
@@ -219,32 +225,103 @@ def _checks(config: Config) -> Iterator[Check]:
     )
 
 
+# Objective -> the head that it trains, and whether the model must be causal; None: either way.
+_NEEDS = {
+    "next_token": ("linear", True),
+    "complete": ("linear", True),
+    "masked": ("masked_lm", False),
+    "classify": ("classify", None),
+}
+
+
 def _check_objective(config: Config) -> Iterator[Check]:
     """Whether the model can learn what the data asks for."""
     model, objective = config.model, config.data.objective
+    head, causal = _NEEDS[objective]
     if config.init_from:  # the model is given: it is the objective that can be changed
-        fits = "next_token" if model.causal else "masked"
-        head = "linear" if model.causal else "masked_lm"
+        fits = "next_token' or 'complete" if model.causal else "masked"
         yield (
-            model.head == head,
+            model.head in ("linear", "masked_lm", "classify"),
             "init_from",
             f"its model has no head that a loss could be computed of (model.head = '{model.head}'):"
-            " take one with its language-model head; this one gives vectors (lm_jax.embed)",
+            " take one with its language-model head; this one gives vectors (lm_jax.embed), and can"
+            " learn to classify",
         )
-        if model.head == head:
-            yield objective == fits, "data.objective", f"must be '{fits}' for this model"
+        if model.head in ("linear", "masked_lm"):
+            yield (model.head == head, "data.objective", f"must be '{fits}' for this model")
         return
-    masked = objective == "masked"
     yield (
-        model.causal != masked,
+        causal in (None, model.causal),
         "model.causal",
-        "must be False for data.objective 'masked', whose tokens are told by both sides"
-        if masked
-        else "must be True for data.objective 'next_token': no token may see the next",
+        f"must be False for data.objective '{objective}', whose tokens are told by both sides"
+        if causal is False
+        else f"must be True for data.objective '{objective}': no token may see the next",
     )
-    head = "masked_lm" if masked else "linear"
     yield (
         model.head == head,
         "model.head",
         f"must be '{head}' for data.objective '{objective}', not '{model.head}'",
     )
+
+
+def _check_examples(config: Config) -> Iterator[Check]:
+    """Templates, labels, and what of the data is about running text alone."""
+    model, data = config.model, config.data
+    for key in ("prompt", "target"):
+        text = getattr(data, key)
+        if data.objective not in OF_EXAMPLES:
+            yield not text, f"data.{key}", f"objective '{data.objective}' has none: leave it out"
+            continue
+        try:
+            fields = Template(text, f"data.{key}").fields
+        except UserError as e:
+            yield False, f"data.{key}", str(e).removeprefix(f"data.{key}: ")
+            continue
+        wanted = "which field of a record it is made of, as in '{text}'"
+        yield bool(fields), f"data.{key}", f"say {wanted}, not {text!r}"
+    classify = data.objective == "classify"
+    yield (
+        classify or not data.labels,
+        "data.labels",
+        f"objective '{data.objective}' has no classes: leave it out",
+    )
+    yield (
+        classify or data.label_token is None,
+        "data.label_token",
+        f"objective '{data.objective}' has no classes: leave it out",
+    )
+    if data.objective not in OF_EXAMPLES:
+        return
+    for key, wanted in (("packing", "first_fit"), ("validation_split", "document")):
+        yield (
+            getattr(data, key) == wanted,
+            f"data.{key}",
+            f"must be '{wanted}' for examples, which are whole or not at all",
+        )
+    yield (
+        not data.attend_across_documents,
+        "data.attend_across_documents",
+        "examples have nothing to do with one another: leave it False",
+    )
+    if classify:
+        yield (
+            len(data.labels) >= 2 and len(set(data.labels)) == len(data.labels),
+            "data.labels",
+            f"name the classes, two or more, each once, not {data.labels}",
+        )
+        yield (
+            model.head != "classify" or model.labels == len(data.labels),
+            "model.labels",
+            f"{model.labels} classes, but data.labels names {len(data.labels)}",
+        )
+        yield (
+            not model.lora.rank,
+            "model.lora.rank",
+            "adapters alone cannot learn to classify, as the head has to learn as well: set it to"
+            " 0, and name what is to stay in optimizer.freeze",
+        )
+        yield (
+            not model.causal or data.label_token == "last",
+            "data.label_token",
+            "of a causal model only the last token has seen the text: 'last'",
+        )

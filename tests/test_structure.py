@@ -66,7 +66,7 @@ BASE = {"lm_jax"} | {
     f"lm_jax.{name}"
     for name in (
         *("config", "errors", "model_validation", "validation", "cli", "runtime"),
-        *("cluster", "rendezvous", "paths"),
+        *("cluster", "rendezvous", "paths", "template"),
     )
 }
 

@@ -7,6 +7,7 @@ import gzip
 import os
 import sysconfig
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from lm_jax.errors import UserError
 
 JSONL = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet",)
+CSV = (".csv", ".tsv")
+RECORDS = (*JSONL, *PARQUET, *CSV)  # what examples are read from
 # What counts as text when a folder is searched; a file that is named itself may have any extension.
 TEXT = (
     *(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".html", ".htm", ".xml", ".srt"),
@@ -32,24 +35,28 @@ def suffix(path: str) -> str:
     return os.path.splitext(name)[1]
 
 
-def find(source: str) -> list[str]:
+def find(source: str, known: Sequence[str] | None = None) -> list[str]:
     """The files that `source` (a path, a folder, a glob or 'python:') names, in sorted order.
+
+    Args:
+      known: extensions of the files that a folder is searched for; None: text and records of it.
 
     Raises:
       UserError: there is no such file, or none with a known extension in a folder.
     """
+    known = known or (*TEXT, *JSONL, *PARQUET)
     if source == "python:":
         return list(_python_files())
     if paths.remote(source):
-        return [paths.local_copy(path) for path in _in_bucket(source)]
+        return [paths.local_copy(path) for path in _in_bucket(source, known)]
     path = os.path.expanduser(source)
     if os.path.isdir(path):
-        known = (*TEXT, *JSONL, *PARQUET)
         found = [p for p in _walk(path) if suffix(p) in known]
         if not found:
             raise UserError(
-                f"data source '{source}': no file in this folder has a known extension (.txt, .md, "
-                ".py, .jsonl, .parquet, ...); name the files with a glob to read them as text"
+                f"data source '{source}': no file in this folder has a known extension"
+                f" ({', '.join(known[:3])}, ..., {', '.join(known[-3:])}); name the files with a"
+                " glob, and text may have any"
             )
         return found
     if os.path.exists(path):
@@ -66,7 +73,7 @@ def find(source: str) -> list[str]:
     raise UserError(f"data source '{source}': {_missing(path)}")
 
 
-def _in_bucket(source: str) -> list[str]:
+def _in_bucket(source: str, known: Sequence[str]) -> list[str]:
     """As `find`; the files are copied to this disk, where documents can be read one by one."""
     if paths.isfile(source):
         return [source]
@@ -79,7 +86,7 @@ def _in_bucket(source: str) -> list[str]:
         for name in paths.files_below(source)
         if not any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
     ]
-    found = [f"{source.rstrip('/')}/{n}" for n in names if suffix(n) in (*TEXT, *JSONL, *PARQUET)]
+    found = [f"{source.rstrip('/')}/{n}" for n in names if suffix(n) in known]
     if not found:
         raise UserError(
             f"data source '{source}': "

@@ -9,10 +9,15 @@ is drawn later, in the train step. 'first_fit' then gives each piece of a docume
 so that every segment of a row is a whole [CLS] ... [SEP]; the other packings cut one stream of
 [bos] + ids + [eos] anywhere.
 
+Of an example not every pair counts: of objective 'complete' the targets do, of 'classify' one token,
+whose target is the number of its class. Then pairs are (input, target, whether it counts), and an
+example is never cut in two: it is shortened where it is longer than a row.
+
 Shapes: P pairs of a document or piece, T pairs of a row (`DataConfig.length`), B rows of a block.
 """
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +25,7 @@ import grain
 import numpy as np
 
 from lm_jax.config import DataConfig
+from lm_jax.data.examples import Example
 from lm_jax.data.tokenizer_base import Tokenizer
 from lm_jax.errors import UserError
 
@@ -54,6 +60,8 @@ def as_pairs(tokens: np.ndarray, ahead: int) -> np.ndarray:
 class Encode(grain.experimental.FlatMapTransform):
     """A document to its pieces {'pairs': int32 [P, 2]}, P at most `longest` where that is given.
 
+    An example is one piece {'pairs': int32 [P, 3]}.
+
     Raises:
       UserError: as many documents in a row as the corpus holds have not a single target.
     """
@@ -66,11 +74,15 @@ class Encode(grain.experimental.FlatMapTransform):
         self.tokenizer, self.longest, self.documents = tokenizer, longest, documents
         self.ahead = targets_ahead(config)
         self.own_ends = config.objective == "masked" and config.packing == "first_fit"
+        self.config, self.shortened = config, False
         self.barren = 0  # documents without a target since the last one that had some
 
-    def flat_map(self, element: str) -> list[Row]:
-        ids = self.tokenizer.encode(element) if element else np.zeros(0, np.int32)
-        pieces = self._pieces(ids) if len(ids) else []
+    def flat_map(self, element: str | Example) -> list[Row]:
+        if isinstance(element, Example):
+            pieces = [self._example(element)] if element.targets else []
+        else:
+            ids = self.tokenizer.encode(element) if element else np.zeros(0, np.int32)
+            pieces = self._pieces(ids) if len(ids) else []
         self.barren = 0 if pieces else self.barren + 1
         if self.barren > self.documents:
             raise UserError(
@@ -80,6 +92,18 @@ class Encode(grain.experimental.FlatMapTransform):
             )
         return [{PAIRS: pairs_P2} for pairs_P2 in pieces]
 
+    def _example(self, example: Example) -> np.ndarray:
+        pairs_P3, whole = encode_example(example, self.tokenizer, self.config)
+        if not whole and not self.shortened:
+            self.shortened = True
+            print(
+                f"note: an example is longer than data.length = {self.config.length}: it is"
+                " shortened, and so are others (said once)",
+                file=sys.stderr,
+                flush=True,
+            )
+        return pairs_P3
+
     def _pieces(self, ids: np.ndarray) -> list[np.ndarray]:
         if self.own_ends:
             step = self.longest - len(with_ends(self.tokenizer, ids[:0]))
@@ -88,6 +112,56 @@ class Encode(grain.experimental.FlatMapTransform):
         pairs_P2 = as_pairs(with_ends(self.tokenizer, ids), self.ahead)
         step = self.longest or max(len(pairs_P2), 1)
         return [pairs_P2[i : i + step] for i in range(0, len(pairs_P2), step)]
+
+
+def encode_example(
+    example: Example, tokenizer: Tokenizer, config: DataConfig
+) -> tuple[np.ndarray, bool]:
+    """An example's pairs, int32 [P, 3] with P at most `config.length`, and whether it is whole.
+
+    Of a prompt that is too long the beginning is left out, since the question mostly stands at its
+    end; of a target, or of a text to classify, the end.
+    """
+    length = config.length
+    if config.objective == "classify":
+        ids, ends = tokenizer.encode(example.prompt), with_ends(tokenizer, np.zeros(0, np.int32))
+        most = length - len(ends)
+        tokens = with_ends(tokenizer, ids[:most])
+        pairs_P3 = np.zeros((len(tokens), 3), np.int32)
+        pairs_P3[:, 0] = tokens
+        pairs_P3[0 if config.label_token == "first" else -1, 1:] = example.label, 1
+        return pairs_P3, len(ids) <= most
+    prompt, target = complete_ids(example, tokenizer)
+    tokens = np.concatenate([prompt, target])
+    over = len(tokens) - 1 - length
+    if over > 0:
+        # What begins the text stays, and with it one token that the target follows.
+        begin = len(prompt) - len(tokenizer.encode(example.prompt))
+        cut = min(over, max(len(prompt) - max(begin, 1), 0))
+        prompt = np.concatenate([prompt[:begin], prompt[begin + cut :]])
+        tokens = np.concatenate([prompt, target])[: length + 1]
+    pairs_P3 = np.zeros((len(tokens) - 1, 3), np.int32)
+    pairs_P3[:, 0], pairs_P3[:, 1] = tokens[:-1], tokens[1:]
+    pairs_P3[len(prompt) - 1 :, 2] = 1
+    return pairs_P3, over <= 0
+
+
+def complete_ids(example: Example, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a prompt, as it is given to generate from, and of the first target with its eos.
+
+    They are encoded apart, so that what is learned is what generation continues.
+
+    Raises:
+      UserError: the prompt has no token, so that nothing can follow it.
+    """
+    prompt = tokenizer.encode_prompt(example.prompt)
+    if not len(prompt):
+        raise UserError(
+            "an example's prompt is empty, and this tokenizer has no token that begins a text"
+        )
+    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    target = tokenizer.encode(example.targets[0])
+    return prompt, np.concatenate([target, np.array(eos, np.int32)])
 
 
 def least_tokens(ahead: int) -> str:
@@ -128,28 +202,29 @@ class Block:
             "targets": np.full(shape, pad_id, np.int32),
             "segments": np.zeros(shape, np.int32),
             "positions": np.zeros(shape, np.int32),
+            "weights": np.zeros(shape, np.float32),
         }
         self.rows = 0  # that hold tokens
 
     def put(self, index: int, row: Row) -> None:
-        real_T = row[SEGMENTS] > 0
+        real_T, pairs = row[SEGMENTS] > 0, row[PAIRS]
         for key, values_T in (
-            ("inputs", row[PAIRS][:, 0]),
-            ("targets", row[PAIRS][:, 1]),
+            ("inputs", pairs[:, 0]),
+            ("targets", pairs[:, 1]),
             ("segments", row[SEGMENTS]),
             ("positions", row[POSITIONS]),
+            ("weights", np.float32(1) if pairs.shape[1] == 2 else pairs[:, 2].astype(np.float32)),
         ):
             np.copyto(self.batch[key][index], values_T, where=real_T)
         self.rows += 1
 
 
 def finish(batch: Batch, attend_across: bool) -> Batch:
-    """Adds 'weights' (float32, 1 at real targets), and joins the segments of a row if so asked."""
-    real_BT = batch["segments"] > 0
+    """Joins the segments of a row if so asked."""
     if attend_across:
+        real_BT = batch["segments"] > 0
         batch["segments"] = real_BT.astype(np.int32)
         batch["positions"] = np.arange(real_BT.shape[1], dtype=np.int32) * real_BT
-    batch["weights"] = real_BT.astype(np.float32)
     return batch
 
 

@@ -1,25 +1,32 @@
-"""From `DataConfig.sources` to documents: random-access sequences of str, split for validation."""
+"""From `DataConfig.sources` to documents, random-access sequences that are split for validation.
+
+A document is a str or, where the objective is about examples, an `Example`.
+"""
 
 import bisect
 from collections.abc import Sequence
 from typing import Literal
 
-from lm_jax.config import DataConfig
-from lm_jax.data import files
-from lm_jax.data.readers import Errors, Files, JsonLines, Parquet, Spans, Tfds
+from lm_jax.config import OF_EXAMPLES, DataConfig
+from lm_jax.data import files, records
+from lm_jax.data.columnar import Parquet, Tfds
+from lm_jax.data.examples import Example, Examples, fields_of
+from lm_jax.data.readers import Errors, Files, Spans
+from lm_jax.data.records import Column, Records
 from lm_jax.errors import UserError
 
 Split = Literal["train", "validation"]
+Document = str | Example
 
 
 class Documents(Sequence):
-    """Documents of several readers one after the other; `[i]` is a str, '' where one was skipped.
+    """Documents of several readers one after the other; `[i]` is '' or SKIPPED where one was skipped.
 
     Picklable: a copy in another process opens the files itself. `errors` counts what this process
     has skipped.
     """
 
-    def __init__(self, parts: Sequence[Sequence[str]], errors: Errors):
+    def __init__(self, parts: Sequence[Sequence[Document]], errors: Errors):
         self.parts, self.errors = [p for p in parts if len(p)], errors
         self.starts = [0]
         for part in self.parts:
@@ -28,7 +35,7 @@ class Documents(Sequence):
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def __getitem__(self, i: int) -> str:
+    def __getitem__(self, i: int) -> Document:
         if not 0 <= i < len(self):
             raise IndexError(i)
         part = bisect.bisect_right(self.starts, i) - 1
@@ -38,14 +45,14 @@ class Documents(Sequence):
 class Every(Sequence):
     """Each `k`-th document (from the k-th on), or all the others."""
 
-    def __init__(self, documents: Sequence[str], k: int, others: bool):
+    def __init__(self, documents: Sequence[Document], k: int, others: bool):
         self.documents, self.k, self.others = documents, k, others
 
     def __len__(self) -> int:
         held_out = len(self.documents) // self.k
         return len(self.documents) - held_out if self.others else held_out
 
-    def __getitem__(self, i: int) -> str:
+    def __getitem__(self, i: int) -> Document:
         if not 0 <= i < len(self):
             raise IndexError(i)
         return self.documents[i + i // (self.k - 1) if self.others else i * self.k + self.k - 1]
@@ -66,7 +73,26 @@ class Tail(Sequence):
         return text[:cut] if self.head else text[cut:]
 
 
-def documents(config: DataConfig, split: Split) -> Sequence[str]:
+class Texts(Sequence):
+    """The text of each document, all of an example that a tokenizer can learn from."""
+
+    def __init__(self, documents: Sequence[Document]):
+        self.documents = documents
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, i: int) -> str:
+        document = self.documents[i]
+        return document.text if isinstance(document, Example) else document
+
+
+def texts(config: DataConfig, split: Split) -> Sequence[str]:
+    """As `documents`, for a tokenizer to learn from."""
+    return Texts(documents(config, split))
+
+
+def documents(config: DataConfig, split: Split) -> Sequence[Document]:
     """All documents of a split, in the order of the sources.
 
     Raises:
@@ -77,23 +103,25 @@ def documents(config: DataConfig, split: Split) -> Sequence[str]:
     return parts[0] if len(parts) == 1 else Documents(parts, Errors(config.on_error))
 
 
-def all_documents(config: DataConfig) -> Sequence[str]:
+def all_documents(config: DataConfig) -> Sequence[Document]:
     """The documents of all sources, before any is held out for validation."""
     return _open(config.sources, config, ("train",))
 
 
-def by_source(config: DataConfig, split: Split) -> list[Sequence[str]]:
+def by_source(config: DataConfig, split: Split) -> list[Sequence[Document]]:
     """As `documents`, but one sequence for each source that has a weight; without weights, one."""
     if split == "validation" and config.validation_sources:
         return [_open(config.validation_sources, config, ("validation", "test", "train"))]
     groups = [(s,) for s in config.sources] if config.weights else [config.sources]
-    found: list[Sequence[str]] = [_open(group, config, ("train",)) for group in groups]
+    found: list[Sequence[Document]] = [_open(group, config, ("train",)) for group in groups]
     if config.validation_sources:
         return found
     return [_split(part, config, split, ", ".join(g)) for part, g in zip(found, groups)]
 
 
-def _split(found: Sequence[str], config: DataConfig, split: Split, where: str) -> Sequence[str]:
+def _split(
+    found: Sequence[Document], config: DataConfig, split: Split, where: str
+) -> Sequence[Document]:
     train = split == "train"
     if config.validation_split == "tail":
         return Tail(found, config.validation_fraction, head=train)
@@ -109,11 +137,14 @@ def _split(found: Sequence[str], config: DataConfig, split: Split, where: str) -
 
 def _open(sources: Sequence[str], config: DataConfig, tfds_splits: Sequence[str]) -> Documents:
     errors = Errors(config.on_error)
-    parts: list[Sequence[str]] = []
+    parts: list[Sequence[Document]] = []
     for source in sources:
         if source.startswith("tfds:"):
             name = source.removeprefix("tfds:")
-            parts.append(Tfds(name, tfds_splits, config.text_key, errors))
+            found = Tfds(name, tfds_splits, _wanted(config), errors)
+            parts.append(_of_records(found, config, source))
+        elif config.objective in OF_EXAMPLES:
+            parts += _examples(files.find(source, files.RECORDS), config, errors)
         else:
             parts += _readers(files.find(source), config, errors)
     found = Documents(parts, errors)
@@ -126,13 +157,54 @@ def _open(sources: Sequence[str], config: DataConfig, tfds_splits: Sequence[str]
     return found
 
 
-def _readers(paths: Sequence[str], config: DataConfig, errors: Errors) -> list[Sequence[str]]:
+def _wanted(config: DataConfig) -> list[str]:
+    """The fields of a record that are read."""
+    return fields_of(config) if config.objective in OF_EXAMPLES else [config.text_key]
+
+
+def _of_records(found: Records, config: DataConfig, where: str) -> Sequence[Document]:
+    """What each record gives: an example, or the text of one field."""
+    if config.objective in OF_EXAMPLES:
+        return Examples(found, config, where)
+    return Column(found, config.text_key, where)
+
+
+def _examples(paths: Sequence[str], config: DataConfig, errors: Errors) -> list[Sequence[Document]]:
+    parts: list[Sequence[Document]] = []
+    for path in paths:
+        kind = files.suffix(path)
+        try:
+            if kind in files.PARQUET:
+                found: Records = Parquet(path, _wanted(config), errors)
+            elif kind in files.CSV:
+                found = records.read_csv(path, errors)
+            elif kind == ".json":
+                found = records.read_json(path, errors)
+            elif kind in files.JSONL:
+                found = records.JsonLines(path, errors)
+            else:
+                raise UserError(
+                    f"{path}: objective '{config.objective}' is about records with fields: give"
+                    " JSON lines, CSV, TSV, Parquet, or JSON in the form of SQuAD"
+                )
+            if len(found):
+                parts.append(_of_records(found, config, path))
+        except UserError as e:
+            if not errors.skip:
+                raise
+            errors.handle(str(e))
+    return parts
+
+
+def _readers(
+    paths: Sequence[str], config: DataConfig, errors: Errors
+) -> list[Sequence[Document]]:
     """Readers of `paths` in order; neighbouring files that are one document each share one."""
-    parts: list[Sequence[str]] = []
+    parts: list[Sequence[Document]] = []
     whole: list[str] = []  # text files that wait for their common reader
     for path in paths:
         kind = files.suffix(path)
-        one_by_one = kind in files.JSONL or kind in files.PARQUET or config.document != "file"
+        one_by_one = kind in (*files.JSONL, *files.PARQUET) or config.document != "file"
         if not one_by_one:
             whole.append(path)
             continue
@@ -140,11 +212,13 @@ def _readers(paths: Sequence[str], config: DataConfig, errors: Errors) -> list[S
             parts.append(Files(whole, errors))
             whole = []
         if kind in files.PARQUET:
-            parts.append(Parquet(path, config.text_key, errors))
+            table = Parquet(path, [config.text_key], errors)
+            if len(table):
+                parts.append(_of_records(table, config, path))
             continue
         try:
             if kind in files.JSONL:
-                parts.append(JsonLines(path, config.text_key, errors))
+                parts.append(_of_records(records.JsonLines(path, errors), config, path))
             else:
                 parts.append(Spans(path, config.document, errors))
         except UserError as e:

@@ -79,11 +79,9 @@ class Generator:
           UserError: the model or its vocabulary cannot be used for this.
         """
         config = model.config
-        if config.head == "none":
-            raise UserError(
-                "model.head = 'none': this model gives vectors (lm_jax.embed) and cannot continue"
-                " text"
-            )
+        if config.head in ("none", "classify"):
+            use = "gives vectors (lm_jax.embed)" if config.head == "none" else "tells classes apart"
+            raise UserError(f"model.head = '{config.head}': this model {use} and continues no text")
         if not config.causal:
             raise UserError(
                 "model.causal = False: this model fills in masked tokens and cannot continue text"

@@ -54,7 +54,8 @@ def _mlp_parameters(c: ModelConfig) -> int:
 
 def _head_parameters(c: ModelConfig) -> int:
     dense = c.width**2 * (c.head == "masked_lm")
-    return 0 if c.head == "none" else c.width * c.vocab_size + dense
+    outputs = {"none": 0, "classify": c.labels}.get(c.head, c.vocab_size)
+    return c.width * outputs + dense
 
 
 def training_flops_per_token(

@@ -1,4 +1,4 @@
-"""From hidden states to scores over the vocabulary.
+"""From hidden states to scores over the vocabulary, or of classes.
 
 B batch, T length, M positions of all rows, D width, V vocabulary.
 """
@@ -7,7 +7,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from lm_jax.model.projection import project
 from lm_jax.sharding.gather import gather, gradient_spec
 from lm_jax.sharding.mesh import activation_spec, dividing, names_in, platform, reshard, shards
 
@@ -65,6 +67,19 @@ class Head:
         if self.softcap:
             logits_BTV = self.softcap * jnp.tanh(logits_BTV / self.softcap)
         return logits_BTV
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassHead:
+    """Scores of a few classes, which are never split."""
+
+    weight: nnx.Param  # [D, V]
+    bias: nnx.Param | None  # [V]
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """float32 [B, T, V]."""
+        axes = "batch", dividing("length", x_BTD.shape[1]), "features"
+        return project(x_BTD, self.weight, self.bias, *axes).astype(jnp.float32)
 
 
 @jax.custom_vjp

@@ -26,7 +26,7 @@ from lm_jax.model.activations import ACTIVATIONS
 from lm_jax.model.attention import attention_mask, layer_kinds, prefix_of, resolve_backend
 from lm_jax.model.block import BLOCKWISE, Block, Context, Norm
 from lm_jax.model.dropout import dropout
-from lm_jax.model.head import Head
+from lm_jax.model.head import ClassHead, Head
 from lm_jax.model.moe import RouterSums
 from lm_jax.model.parameters import constant, normal, use
 from lm_jax.model.projection import project
@@ -102,12 +102,18 @@ class Transformer(nnx.Module):
         self.head_dense = self._dense(dense_key) if masked else None
         self.head_dense_bias = constant(0.0, (c.width,), "norm") if masked else None
         self.head_norm = Norm(c.norm, c.width, c.norm_epsilon, c.norm_bias) if masked else None
-        self.head_bias = constant(0.0, (c.vocab_size,), "vocab") if masked else None
-        self.head = (
-            None
-            if c.tied_head or c.head == "none"
-            else normal(head_key, (c.width, c.vocab_size), c.init_std, "embed", "vocab")
-        )
+        self.head_bias, self.head = self._head(head_key)
+
+    def _head(self, key: jax.Array) -> tuple[nnx.Param | None, nnx.Param | None]:
+        """Bias and weight of what is not the embedding's."""
+        c = self.config
+        if c.head == "classify":  # without a bias where Transformers' classifiers have none
+            bias = None if c.causal else constant(0.0, (c.labels,), "norm")
+            return bias, normal(key, (c.width, c.labels), c.init_std, "embed", "features")
+        bias = constant(0.0, (c.vocab_size,), "vocab") if c.head == "masked_lm" else None
+        if c.tied_head or c.head == "none":
+            return bias, None
+        return bias, normal(key, (c.width, c.vocab_size), c.init_std, "embed", "vocab")
 
     def _dense(self, key: jax.Array) -> nnx.Param:
         D = self.config.width
@@ -316,14 +322,17 @@ class Transformer(nnx.Module):
 
     def head_input(self, x_BTD: jax.Array) -> jax.Array:
         """What the head takes for the hidden states `x_BTD`: [B, T, D]."""
-        if self.head_dense is None:
+        classify = self.config.head == "classify" and self.pooler is not None
+        if self.head_dense is None and not classify:
             return x_BTD
         axes = "batch", dividing("length", x_BTD.shape[1]), "embed"
         x_BTD = reshard(x_BTD, activation_spec(*axes))
+        if classify:
+            return jnp.tanh(project(x_BTD, self.pooler, self.pooler_bias, *axes))
         h_BTD = project(x_BTD, self.head_dense, self.head_dense_bias, *axes)
         return self.head_norm(ACTIVATIONS[self.config.activation](h_BTD))
 
-    def output_head(self, length: str | None = "length") -> Head:
+    def output_head(self, length: str | None = "length") -> Head | ClassHead:
         """
         Args:
           length: logical axis of the positions that it is for.
@@ -335,13 +344,15 @@ class Transformer(nnx.Module):
             raise UserError(
                 "model.head = 'none': this model gives vectors (lm_jax.embed) and no scores"
             )
+        if self.config.head == "classify":
+            return ClassHead(self.head, self.head_bias)
         weight_DV = self.embedding.get_value().T if self.head is None else self.head.get_value()
         bias = None if self.head_bias is None else use(self.head_bias, "float32")
         c = self.config
         return Head.of(weight_DV, bias, dtype=c.dtype, softcap=c.logits_softcap, length=length)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """float32 scores [B, T, V] for the hidden states `x_BTD`."""
+        """float32 scores [B, T, V], or of the classes, for the hidden states `x_BTD`."""
         return self.output_head().logits(self.head_input(x_BTD))
 
 

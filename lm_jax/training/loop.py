@@ -108,7 +108,10 @@ class _Run:
         self.train_step = jit_train_step(self.step, mesh)
         self.evaluate_step = jax.jit(self.step.evaluate)
         self.parts = batch_block(mesh)[1]
-        self.byte_lengths = to_devices(byte_lengths(tokenizer, config.model.vocab_size), mesh)
+        lengths = byte_lengths(tokenizer, config.model.vocab_size)
+        if config.data.objective == "classify":  # whose targets are no text
+            lengths = np.zeros_like(lengths)
+        self.byte_lengths = to_devices(lengths, mesh)
         frozen = trainable.frozen_in_products(
             params_lib.split(self.step.skeleton), self.step.rates, config.model
         )
@@ -189,7 +192,7 @@ class _Run:
         if model.lora.rank or (newest is None and self.config.init_from):
             self.source = weights.source_of(self.workdir, self.config)
             self.origin = f"starts from the weights of {self.source}"
-            given = weights.load_weights(self.source, base_config(model), self.mesh)
+            given = weights.load_start(self.source, base_config(model), self.mesh)
         if newest is None:
             return jax.jit(self.step.init_from, donate_argnums=0)(given), 0
         abstract = jax.eval_shape(self.step.init)
@@ -341,6 +344,8 @@ class _Run:
             parts.append(f"{values['bits_per_byte']:.3f} bits per byte")
         if self.step.masking is not None:
             parts.append(f"{values['accuracy']:.1%} of the masked tokens right")
+        elif self.config.data.objective == "classify":
+            parts.append(f"{values['accuracy']:.1%} right")
         self.metrics.say(f"step {step}: " + ", ".join(parts))
 
     def _stop_now(self) -> bool:
@@ -363,7 +368,7 @@ class _Run:
         if caught and step < steps:
             return f"stopped after step {step} of {steps}; the same command goes on"
         use, what = "generate", "generate from it"
-        if self.step.masking is not None:
+        if self.config.model.head != "linear":
             use, what = "evaluate", "evaluate it"
         command = f"{_python()} -m lm_jax.{use} --workdir={shlex.quote(self.workdir)}"
         return f"done: step {step} in {self.workdir}\n{what}: {command}"

@@ -195,14 +195,14 @@ def make_step(config: Config, batch_shards: int = 1, masking: Masking | None = N
       batch_shards: devices that the rows of a batch are spread over.
       masking: with objective 'masked', what `make_masking` gives.
     """
-    if (masking is None) != (config.data.objective == "next_token"):
+    if (masking is None) != (config.data.objective != "masked"):
         raise ValueError(f"objective {config.data.objective!r} with masking = {masking}")
     training, rows = config.training, config.data.batch_size // config.training.accumulation
     predictions = config.data.predictions
     chunk = training.loss_chunk or chunk_length(
         predictions,
         max(1, rows // batch_shards),
-        config.model.vocab_size // shards("vocab"),
+        config.model.labels or config.model.vocab_size // shards("vocab"),
         shards(dividing("length", predictions)),
     )
     skeleton = skeleton_of(config.model)

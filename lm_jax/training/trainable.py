@@ -20,7 +20,7 @@ from lm_jax.model.parameters import Parameters
 Rates = dict[str, float | np.ndarray]
 
 _STACKED = "blocks."
-_UNUSED = ("pooler", "pooler_bias")  # no objective sees them
+_POOLER = ("pooler", "pooler_bias")  # classifiers alone see them
 
 
 def rates(shapes: dict[str, tuple[int, ...]], config: Config) -> Rates:
@@ -39,7 +39,7 @@ def rates(shapes: dict[str, tuple[int, ...]], config: Config) -> Rates:
         rate = _decayed(name, layers, config) * (1.0 - frozen[name].astype(np.float32))
         if config.model.lora.rank and not is_adapter(name):
             rate = np.zeros_like(rate)
-        if name in _UNUSED:  # weight decay alone would move it
+        if name in _POOLER and config.model.head != "classify":  # weight decay alone would move it
             rate = np.zeros_like(rate)
         out[name] = float(rate.flat[0]) if np.all(rate == rate.flat[0]) else rate
     if not any(np.any(rate) for rate in out.values()):
@@ -157,7 +157,7 @@ def frozen_in_products(parameters: Parameters, rates: Rates, model: ModelConfig)
     weights = {
         name: x
         for name, x in parameters.items()
-        if not name.endswith(("embedding", "bias", "scale", *_UNUSED)) and not is_adapter(name)
+        if not name.endswith(("embedding", "bias", "scale", *_POOLER)) and not is_adapter(name)
     }
     if model.tied_head:
         weights["embedding"] = parameters["embedding"]

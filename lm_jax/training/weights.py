@@ -140,6 +140,9 @@ def resolved(config: Config, workdir: str, overridden: Collection[str] = ()) -> 
     asked = {key: value for key, value, _ in walk(config) if key in overridden}
     kept = {name: getattr(config.model, name) for name in NOT_OF_THE_WEIGHTS}
     config.model = dataclasses.replace(copy.deepcopy(model), **kept)
+    if config.data.objective == "classify" and config.model.head != "classify":
+        # Drawn anew, in place of the head that comes with the weights.
+        config.model.head, config.model.tied_head = "classify", True
     config.tokenizer = copy.deepcopy(tokenizer)
     config = validate(config)
     wrong = [
@@ -170,6 +173,27 @@ def load_weights(source: Source, config: ModelConfig, mesh: Mesh) -> Parameters:
     base = load_weights(pinned(source.path), config, mesh)
     with jax.set_mesh(mesh):
         return lora.merge(adapted, base | parameters)[1]
+
+
+def load_start(source: Source, config: ModelConfig, mesh: Mesh) -> Parameters:
+    """What a run of a model of `config` starts with: of the weights at `source` those that it has
+    as well; a head of its own is not among them.
+
+    Raises:
+      UserError: as `load_weights`; or both have a head that classifies, of other classes.
+    """
+    theirs = model_of(source.path)
+    given = load_weights(source, theirs, mesh)
+    if theirs.head == config.head:
+        if theirs.labels != config.labels:
+            raise UserError(
+                f"init_from: the model of {source} has {theirs.labels} classes, and data.labels"
+                f" names {config.labels}"
+            )
+        return given
+    own = params_lib.split(skeleton_of(config))
+    heads = ("head", "head_bias")
+    return {k: x for k, x in given.items() if k in own and k not in heads}
 
 
 def load_saved(source: Source, config: ModelConfig, mesh: Mesh) -> Parameters:

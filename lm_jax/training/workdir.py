@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from lm_jax import config as config_lib
 from lm_jax import paths
 from lm_jax.config import Config
-from lm_jax.data.sources import documents
+from lm_jax.data.sources import texts
 from lm_jax.data.tokenizer import Tokenizer, load_tokenizer, text_to_learn_from, train_tokenizer
 from lm_jax.errors import UserError
 
@@ -136,7 +136,7 @@ def obtain_tokenizer(workdir: str, config: Config) -> Tokenizer:
     if config.init_from:
         folder = os.path.join(config.init_from, "tokenizer")  # a run's
         return load_tokenizer(folder if paths.isdir(folder) else config.init_from)
-    text = text_to_learn_from(config.tokenizer, functools.partial(documents, config.data))
+    text = text_to_learn_from(config.tokenizer, functools.partial(texts, config.data))
     return train_tokenizer(config.tokenizer, text, mask=config.data.objective == "masked")
 
 

@@ -1,0 +1,132 @@
+"""Examples: what is asked and what is to be answered, made of the fields of records."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from lm_jax.config import DataConfig
+from lm_jax.data.records import Record, Records, kind
+from lm_jax.template import Template
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One example; one without targets stands for a record that was skipped.
+
+    Attributes:
+      prompt: what is given; of objective 'classify' the text.
+      targets: right answers, of which the first is learned; the name of the class.
+      label: of objective 'classify', the number of the class.
+    """
+
+    prompt: str
+    targets: tuple[str, ...]
+    label: int = 0
+
+    @property
+    def text(self) -> str:
+        """All of it that a tokenizer can learn from."""
+        return "\n".join((self.prompt, *self.targets[:1]))
+
+
+SKIPPED = Example("", ())
+
+
+def fields_of(config: DataConfig) -> list[str]:
+    """The fields that examples are made of."""
+    found = Template(config.prompt, "data.prompt").fields
+    found += Template(config.target, "data.target").fields
+    return list(dict.fromkeys(found))
+
+
+class Examples(Sequence):
+    """The examples of one file or data set; `[i]` is SKIPPED where a record was."""
+
+    def __init__(self, records: Records, config: DataConfig, where: str):
+        """
+        Raises:
+          UserError: no record has a field that a template names.
+        """
+        self.records, self.objective, self.labels = records, config.objective, config.labels
+        self.prompt = Template(config.prompt, "data.prompt")
+        self.target = Template(config.target, "data.target")
+        if records.fields is not None:
+            for name in fields_of(config):
+                if name not in records.fields:
+                    raise UserError(f"{where}: {self._missing(name, records.fields)}")
+        elif len(records):
+            self[0]  # a wrong template is better known now than in the middle of a run
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> Example:
+        record = self.records[i]
+        if not record:
+            return SKIPPED
+        try:
+            prompt = self.prompt.fill({name: _text(record, name) for name in self.prompt.fields})
+            targets = self._targets(record)
+            label = self._label(targets[0]) if self.objective == "classify" else 0
+        except KeyError as e:
+            return self._bad(i, self._missing(e.args[0], list(record)))
+        except ValueError as e:
+            return self._bad(i, str(e))
+        if self.objective == "classify":
+            targets = (self.labels[label],)
+        return Example(prompt, targets, label)
+
+    def _targets(self, record: Record) -> tuple[str, ...]:
+        several = [name for name in self.target.fields if isinstance(record[name], list)]
+        if not several:
+            values = {name: _text(record, name) for name in self.target.fields}
+            return (self.target.fill(values),)
+        if len(several) > 1:
+            raise ValueError(f"'{several[0]}' and '{several[1]}' are both lists: one may be")
+        if not record[several[0]]:
+            raise ValueError(f"'{several[0]}' is empty: there is nothing to answer")
+        found = []
+        for n in range(len(record[several[0]])):
+            one = record | {several[0]: record[several[0]][n]}
+            found.append(self.target.fill({name: _text(one, name) for name in self.target.fields}))
+        return tuple(dict.fromkeys(found))
+
+    def _label(self, value: str) -> int:
+        if value in self.labels:
+            return self.labels.index(value)
+        if value.isdecimal() and int(value) < len(self.labels):
+            return int(value)
+        near = difflib.get_close_matches(value, self.labels, n=1)
+        raise ValueError(
+            f"'{value}' is none of data.labels ({', '.join(self.labels)})"
+            + (f"; did you mean '{near[0]}'?" if near else "")
+        )
+
+    def _missing(self, name: str, fields: Sequence[str]) -> str:
+        return (
+            f"{self.records.missing(name, fields)}. data.prompt and data.target name the fields of"
+            " an example"
+        )
+
+    def _bad(self, i: int, why: str) -> Example:
+        self.records.bad(i, why)
+        return SKIPPED
+
+
+def _text(record: Record, name: str) -> str:
+    """A field as text.
+
+    Raises:
+      KeyError: it is not there.
+      ValueError: it is no text and no number.
+    """
+    value: Any = record[name]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"'{name}' must be text or a number, not {kind(value)}")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"'{name}' holds half of a surrogate pair") from None
+    return text

@@ -1,0 +1,233 @@
+"""Random access to records, dicts of fields: JSON lines, CSV and SQuAD.
+
+A record that cannot be read raises a `UserError` or, with `data.on_error='skip'`, reads as {}; see
+`lm_jax.data.readers`.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lm_jax.data import files
+from lm_jax.data.readers import Errors, Spans
+from lm_jax.errors import UserError
+
+Record = dict[str, Any]
+
+
+class Records(Sequence):
+    """The records of one file or data set.
+
+    Attributes:
+      noun: what a field is called there.
+      fields: the names of the fields; None: each record has its own.
+    """
+
+    noun = "key"
+
+    def __init__(self, errors: Errors, fields: Sequence[str] | None = None):
+        self.errors, self.fields = errors, fields
+
+    def __getitem__(self, i: int) -> Record:
+        raise NotImplementedError
+
+    def place(self, i: int) -> str:
+        """Where record i stands, for messages."""
+        raise NotImplementedError
+
+    def check_text(self, key: str) -> None:
+        """
+        Raises:
+          UserError: the field is known to hold no strings.
+        """
+
+    def bad(self, i: int, why: str) -> None:
+        """Raises for record i, or counts it."""
+        self.errors.handle(f"{self.place(i)}: {why}")
+
+    def missing(self, field: str, fields: Sequence[str]) -> str:
+        there = ", ".join(fields) or "none"
+        return f"no {self.noun} '{field}'; {self.noun}s: {there}"
+
+
+class Column(Sequence):
+    """The texts in one field of records; '' where one was skipped."""
+
+    def __init__(self, records: Records, key: str, where: str):
+        """
+        Raises:
+          UserError: no record has such a field, or the first one has no text there.
+        """
+        self.records, self.key = records, key
+        if records.fields is not None and key not in records.fields:
+            raise UserError(f"{where}: {records.missing(key, records.fields)}. Set data.text_key")
+        records.check_text(key)
+        if records.fields is None and len(records):
+            self[0]  # a wrong text_key is better known now than in the middle of a run
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> str:
+        record = self.records[i]
+        if not record:
+            return ""
+        if self.key not in record:
+            why = self.records.missing(self.key, list(record))
+            return self._bad(i, f"{why}. Set data.text_key")
+        value = record[self.key]
+        if not isinstance(value, str):
+            return self._bad(i, f"'{self.key}' must be a string, not {kind(value)}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # \\ud800 without its other half is JSON, but no text
+            return self._bad(i, f"'{self.key}' holds half of a surrogate pair")
+        return value
+
+    def _bad(self, i: int, why: str) -> str:
+        self.records.bad(i, why)
+        return ""
+
+
+def kind(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return "null" if value is None else kinds.get(type(value), "a number")
+
+
+class JsonLines(Records):
+    """One JSON object a line."""
+
+    def __init__(self, path: str, errors: Errors):
+        super().__init__(errors)
+        self.lines = Spans(path, "line", errors)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def place(self, i: int) -> str:
+        return self.lines.place(i)
+
+    def __getitem__(self, i: int) -> Record:
+        text = self.lines[i]
+        if not text and self.errors.skip:
+            return {}
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as e:
+            self.bad(i, f"not JSON: {e.msg} at column {e.colno}; one object a line is read")
+            return {}
+        except RecursionError:
+            self.bad(i, "not JSON: nested too deeply")
+            return {}
+        if not isinstance(record, dict):
+            self.bad(i, f"a JSON object is wanted, not {kind(record)}")
+            return {}
+        return record
+
+
+class Listed(Records):
+    """Records that were read at once: of CSV, or of a whole JSON file."""
+
+    def __init__(
+        self,
+        path: str,
+        records: Sequence[Record],
+        places: Sequence[str],
+        errors: Errors,
+        fields: Sequence[str] | None = None,
+    ):
+        super().__init__(errors, fields)
+        self.path, self.records, self.places = path, records, places
+        if not records:
+            errors.handle(f"{path}: the file has no records")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def place(self, i: int) -> str:
+        return f"{self.path}{self.places[i]}"
+
+    def __getitem__(self, i: int) -> Record:
+        return self.records[i]
+
+
+def read_csv(path: str, errors: Errors) -> Listed:
+    """A CSV file, or with .tsv one whose columns tabs separate; its first line names the columns.
+
+    Raises:
+      UserError: it is not UTF-8, or a row has more or fewer columns than the first.
+    """
+    try:
+        text = files.read(path).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 at byte {e.start}: convert the file to UTF-8") from None
+    tabs = files.suffix(path) == ".tsv"
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
+    names, records, places = None, [], []
+    try:
+        for row in rows:
+            if not row:
+                continue
+            if names is None:
+                names = row
+                if len(set(names)) < len(names):
+                    raise UserError(f"{path}:1: two columns have the same name")
+            elif len(row) != len(names):
+                errors.handle(
+                    f"{path}:{rows.line_num}: {len(row)} columns, and the first line has"
+                    f" {len(names)}"
+                )
+            else:
+                records.append(dict(zip(names, row)))
+                places.append(f":{rows.line_num}")
+    except csv.Error as e:
+        raise UserError(f"{path}:{rows.line_num}: not CSV: {e}") from None
+    table = Listed(path, records, places, errors, names or [])
+    table.noun = "column"
+    return table
+
+
+def read_json(path: str, errors: Errors) -> Records:
+    """A .json file: SQuAD's form, a list of objects, or else one object a line."""
+    try:
+        values = json.loads(files.read(path))
+    except (ValueError, RecursionError):
+        return JsonLines(path, errors)
+    if isinstance(values, dict) and isinstance(values.get("data"), list):
+        return _squad(path, values["data"], errors)
+    if not isinstance(values, list):
+        return JsonLines(path, errors)
+    records, places = [], []
+    for i, record in enumerate(values):
+        if isinstance(record, dict):
+            records.append(record)
+            places.append(f": record {i + 1}")
+        else:
+            errors.handle(f"{path}: record {i + 1}: an object is wanted, not {kind(record)}")
+    return Listed(path, records, places, errors)
+
+
+def _squad(path: str, articles: list[Any], errors: Errors) -> Listed:
+    """SQuAD (Rajpurkar et al. 2016), flat: id, title, context, question, answers (a list of texts)
+    and answer_starts (characters of the context)."""
+    records, places = [], []
+    for a, article in enumerate(articles):
+        try:
+            for p, paragraph in enumerate(article["paragraphs"]):
+                for q, question in enumerate(paragraph["qas"]):
+                    answers = question.get("answers", [])
+                    records.append({
+                        "id": str(question.get("id", len(records))),
+                        "title": str(article.get("title", "")),
+                        "context": paragraph["context"],
+                        "question": question["question"],
+                        "answers": [x["text"] for x in answers],
+                        "answer_starts": [x["answer_start"] for x in answers],
+                    })  # fmt: skip
+                    places.append(f": data[{a}].paragraphs[{p}].qas[{q}]")
+        except (KeyError, TypeError, AttributeError) as e:
+            errors.handle(f"{path}: data[{a}]: not in the form of SQuAD ({type(e).__name__}: {e})")
+    return Listed(path, records, places, errors, tuple(records[0]) if records else None)

@@ -1,0 +1,34 @@
+"""Text with fields that records fill."""
+
+import string
+
+from lm_jax.errors import UserError
+
+
+class Template:
+    """Text with fields in braces: 'Question: {question}'; '{{' is a brace."""
+
+    def __init__(self, text: str, key: str):
+        """
+        Args:
+          key: of the config, for messages.
+
+        Raises:
+          UserError: braces that do not pair up, or something else than names in them.
+        """
+        try:
+            parts = list(string.Formatter().parse(text))
+        except ValueError as e:
+            raise UserError(f"{key}: {text!r}: {e} ('{{{{' stands for a brace)") from None
+        self.parts: list[tuple[str, str | None]] = []
+        for before, name, spec, conversion in parts:
+            if name is not None and (not name or not name.isidentifier() or spec or conversion):
+                raise UserError(f"{key}: {text!r}: in braces stands the name of a field, as {{text}}")
+            self.parts.append((before, name))
+
+    @property
+    def fields(self) -> list[str]:
+        return [name for _, name in self.parts if name is not None]
+
+    def fill(self, values: dict[str, str]) -> str:
+        return "".join(before + (values[name] if name else "") for before, name in self.parts)
