@@ -16,6 +16,7 @@ example is never cut in two: it is shortened where it is longer than a row.
 Shapes: P pairs of a document or piece, T pairs of a row (`DataConfig.length`), B rows of a block.
 """
 
+import functools
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -74,7 +75,7 @@ class Encode(grain.experimental.FlatMapTransform):
         self.tokenizer, self.longest, self.documents = tokenizer, longest, documents
         self.ahead = targets_ahead(config)
         self.own_ends = config.objective == "masked" and config.packing == "first_fit"
-        self.config, self.shortened = config, False
+        self.config = config
         self.barren = 0  # documents without a target since the last one that had some
 
     def flat_map(self, element: str | Example) -> list[Row]:
@@ -94,13 +95,10 @@ class Encode(grain.experimental.FlatMapTransform):
 
     def _example(self, example: Example) -> np.ndarray:
         pairs_P3, whole = encode_example(example, self.tokenizer, self.config)
-        if not whole and not self.shortened:
-            self.shortened = True
-            print(
+        if not whole:
+            _say_once(
                 f"note: an example is longer than data.length = {self.config.length}: it is"
-                " shortened, and so are others (said once)",
-                file=sys.stderr,
-                flush=True,
+                " shortened, as are others like it (said once)"
             )
         return pairs_P3
 
@@ -112,6 +110,11 @@ class Encode(grain.experimental.FlatMapTransform):
         pairs_P2 = as_pairs(with_ends(self.tokenizer, ids), self.ahead)
         step = self.longest or max(len(pairs_P2), 1)
         return [pairs_P2[i : i + step] for i in range(0, len(pairs_P2), step)]
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def encode_example(

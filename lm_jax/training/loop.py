@@ -120,7 +120,7 @@ class _Run:
         )
         self.watch, self.saved_at, self.evaluated_at = Stopwatch(), -1, -1
         self.tracing, self.finite, self.traces = False, True, contextlib.ExitStack()
-        self.tokens = self.tokens_logged = 0.0  # real targets dispatched, and those of logged steps
+        self.tokens = self.tokens_logged = 0.0  # real tokens dispatched, and those of logged steps
         self.start = self.logged_at = 0
         self.waiting: tuple | None = None  # (step, metrics, tokens) to be logged
         self.newest: dict[str, jax.Array] | None = None  # metrics of the step done last
@@ -239,7 +239,7 @@ class _Run:
         if local is None or self._all_exhausted():
             return None
         # Exact where this process reads all rows; of several parts, each is packed as densely.
-        self.tokens += float(local["weights"].sum()) * self.parts
+        self.tokens += float(np.count_nonzero(local["segments"])) * self.parts
         return to_devices(local, self.mesh)
 
     def _all_exhausted(self) -> bool:
@@ -339,13 +339,15 @@ class _Run:
             return  # a signal leaves no time for the rest, and a part is another measure
         self.evaluated_at = step
         self.metrics.write("validation", step, values)
-        parts = [f"validation loss {values['loss']:.4f}", f"perplexity {values['perplexity']:.2f}"]
+        parts = [f"validation loss {values['loss']:.4f}"]
+        if self.config.data.objective == "classify":
+            parts.append(f"{values['accuracy']:.1%} right")
+        else:
+            parts.append(f"perplexity {values['perplexity']:.2f}")
         if "bits_per_byte" in values:
             parts.append(f"{values['bits_per_byte']:.3f} bits per byte")
         if self.step.masking is not None:
             parts.append(f"{values['accuracy']:.1%} of the masked tokens right")
-        elif self.config.data.objective == "classify":
-            parts.append(f"{values['accuracy']:.1%} right")
         self.metrics.say(f"step {step}: " + ", ".join(parts))
 
     def _stop_now(self) -> bool:

@@ -119,7 +119,8 @@ def batch_loss(
     """The sums for a batch of packed rows: int32 [B, T] `inputs`, `targets`, `segments` and
     `positions`, float32 `weights`.
 
-    `prefix`, [B, T], marks the tokens of each document's prefix; see `Transformer.forward`.
+    `prefix`, [B, T], marks the tokens of each document's prefix, see `Transformer.forward`; without
+    it, a model with prefix attention reads as such what stands up to the first target that counts.
 
     With `predicted`, int32 [B, S], the head works for these positions of each row alone, and
     `targets` and `weights` are [B, S], theirs.
@@ -150,7 +151,15 @@ def _forward(model, batch, dropout_key):
         batch["inputs"],
         positions_BT=batch["positions"],
         segments_BT=batch["segments"],
-        prefix_BT=batch.get("prefix"),
+        prefix_BT=_prefix(model, batch),
         dropout_key=dropout_key,
     )
     return x_BTD, router
+
+
+def _prefix(model: Transformer, batch: dict[str, jax.Array]) -> jax.Array | None:
+    """Which inputs are given and no target that counts: bool [B, T]."""
+    if not model.config.prefix_attention or "prefix" in batch:
+        return batch.get("prefix")
+    counts_BT = jnp.pad(batch["weights"][:, :-1] > 0, ((0, 0), (1, 0)))  # as a target before
+    return (batch["positions"] == 0) | ~counts_BT
