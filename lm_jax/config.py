@@ -144,7 +144,7 @@ class TokenizerConfig:
 
 
 # Objectives whose data are examples, records with fields, and not running text.
-OF_EXAMPLES = ("complete", "classify")
+OF_EXAMPLES = ("complete", "chat", "classify")
 LEAST_MASKED_LENGTH = 3  # tokens of a row: [CLS], one that can be masked, [SEP]
 
 
@@ -167,12 +167,14 @@ class DataConfig:
     packing_bins: int = 64  # first_fit: rows open at a time, in each lane
     attend_across_documents: bool = False
     # What is predicted: the next token; tokens that were masked (BERT, Devlin et al. 2018); or of
-    # examples, whose fields fill the templates below, the target alone (complete), or the class of
-    # a text (classify).
-    objective: str = choice("next_token", "masked", "complete", "classify")
-    prompt: str = ""  # complete, classify: what is given, such as 'Question: {question} Answer:'
-    # What is to be told: complete, as '{answer}'; classify, the label, by name or number. A field
-    # may hold several right answers; the first is learned.
+    # examples, whose fields fill the templates below, the target alone (complete), what the
+    # assistant says (chat), or the class of a text (classify).
+    objective: str = choice("next_token", "masked", "complete", "chat", "classify")
+    # What is given, such as 'Question: {question} Answer:'. chat: what the user says; without a
+    # target, '{messages}', the field of a whole conversation.
+    prompt: str = ""
+    # What is to be told: complete and chat, as '{answer}'; classify, the label, by name or number.
+    # A field may hold several right answers; the first is learned.
     target: str = ""
     labels: tuple[str, ...] = ()  # classify: the names of the classes; label 0 is the first
     # classify: the token whose state tells the class; None: the first, of a causal model the last.
@@ -193,6 +195,24 @@ class DataConfig:
         if self.objective != "masked":
             return self.length
         return min(self.length, -(-math.ceil(self.mask_rate * self.length) // 8) * 8)
+
+
+@dataclasses.dataclass
+class TaskConfig:
+    """What the examples are for: how answers are obtained and scored, of the validation split."""
+
+    # Which application, and with it the metrics; none: the loss alone.
+    name: str = choice(
+        "none", "translate", "sentiment", "summarize", "answer", "instruct", resumable=True
+    )
+    metrics: tuple[str, ...] = resumable(())  # (): those of the task
+    max_tokens: int | None = resumable(None)  # of an answer; None: the task's
+    beams: int = resumable(1)  # 1: greedily, the most probable token each time
+    length_penalty: float = resumable(1.0)  # of beams: above 1 favours long answers
+    every: int = resumable(0)  # steps of training; 0: at the end alone
+    examples: int | None = resumable(None)  # the first so many; None: all
+    batch_size: int = resumable(16)  # examples answered at a time
+    keep_best: bool = resumable(False)  # the checkpoint that the first metric finds best as well
 
 
 @dataclasses.dataclass
@@ -276,6 +296,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -3,6 +3,12 @@
 Loss, perplexity, accuracy and bits per byte of a text under a trained model; without a source, of
 the run's own validation split. A masked language model is measured on masked tokens.
 
+python -m lm_jax.evaluate --task=TASK --model=DIR [--source=FILE ...] [--output=FILE.jsonl]
+
+An application on examples: translate, sentiment, summarize, answer or instruct. Answers are scored
+as the field does, with 95% intervals. --output gets each prediction; one that was begun is gone on
+with.
+
 python -m lm_jax.evaluate --task=crows_pairs --model=DIR --source=FILE.csv [--output=FILE.jsonl]
 
 How often the model finds the more stereotypical of two sentences more probable, overall and by
@@ -15,6 +21,7 @@ Tasks of lm-evaluation-harness, or your own in its form in FOLDER (needs pip ins
 """
 
 import json
+import sys
 from typing import Any
 
 from absl import flags
@@ -24,16 +31,31 @@ from lm_jax.errors import UserError
 
 _MODEL = cli.define_model_flag()
 _TASK = flags.DEFINE_string(
-    "task", None, "Which task: crows_pairs, or lm_eval:TASK[,TASK]. Default: the loss of a text."
+    "task",
+    None,
+    "Which task: translate, sentiment, summarize, answer, instruct, crows_pairs, or"
+    " lm_eval:TASK[,TASK]. Default: the loss of a text.",
 )
 _TASK_PATH = flags.DEFINE_string("task_path", None, "Of lm_eval: a folder of your own task files.")
 _SOURCE = flags.DEFINE_multi_string(
     "source",
     [],
-    "What to evaluate on, all of it: as data.sources. May be given more than once. Of a task, its"
-    " file.",
+    "What to evaluate on, all of it: as data.sources. May be given more than once. Of crows_pairs,"
+    " its file.",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Of a task: a new file for the single scores.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Of a task: a file for the single predictions or scores."
+)
+_PROMPT = flags.DEFINE_string(
+    "prompt", None, "Of an application: as data.prompt; default: the run's, or the task's."
+)
+_TARGET = flags.DEFINE_string("target", None, "As data.target; default: the run's, or the task's.")
+_MAX_EXAMPLES = flags.DEFINE_integer("max_examples", None, "The first so many; default: all.", 1)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Of an answer; default: the task's.", 1)
+_BEAMS = flags.DEFINE_integer("beams", None, "1: greedily; default: the run's, or 1.", 1)
+_LENGTH_PENALTY = flags.DEFINE_float(
+    "length_penalty", None, "Of beams: above 1 favours long answers; default: the run's, or 1."
+)
 _DOCUMENT = flags.DEFINE_enum(
     "document", None, ["file", "paragraph", "line"], "As data.document; default: the run's."
 )
@@ -49,20 +71,47 @@ _LENGTH = flags.DEFINE_integer(
 )
 _MAX_BATCHES = flags.DEFINE_integer("max_batches", None, "A sample of so many; default: all.")
 
+# What is evaluated -> the flags that are about it alone.
+_OWN = {
+    "loss": (_SOURCE, _DOCUMENT, _TEXT_KEY, _ON_ERROR, _LENGTH, _MAX_BATCHES),
+    "crows_pairs": (_SOURCE, _OUTPUT),
+    "lm_eval": (_TASK_PATH, _OUTPUT),
+    "application": (_SOURCE, _OUTPUT, _ON_ERROR, _PROMPT, _TARGET, _MAX_EXAMPLES, _MAX_TOKENS,
+                    _BEAMS, _LENGTH_PENALTY),
+}  # fmt: skip
+
 
 def main(argv: list[str]) -> None:
     del argv
-    model = cli.model_of(_MODEL)
-    if _TASK.value is not None:
-        print(json.dumps(_run_task(_TASK.value, model)))
-        return
-    for flag in (_OUTPUT, _TASK_PATH):
-        if flag.value is not None:
-            raise UserError(f"--{flag.name}: has no meaning without --task: leave it out")
+    model, task = cli.model_of(_MODEL), _TASK.value
+    kind, _, names = (task or "").partition(":")
+    if task is None:
+        result = _loss(model)
+    elif kind == "lm_eval":
+        result = _lm_eval(model, [name for name in names.split(",") if name])
+    elif task == "crows_pairs":
+        result = _crows_pairs(model)
+    else:
+        result = _application(model, task)
+    print(json.dumps(result))
+
+
+def _prepare(kind: str, where: str) -> dict[str, Any]:
+    """Checks that no flag is given that says nothing here; what all of them take."""
+    for flag in {flag for own in _OWN.values() for flag in own} - {*_OWN[kind]}:
+        if flag.value not in (None, []):
+            raise UserError(f"--{flag.name}: has no meaning {where}: leave it out")
+    if _OUTPUT.value and kind != "application":
+        cli.check_new_file("output", _OUTPUT.value)
 
     from lm_jax import runtime
 
     runtime.configure()
+    return {"step": _STEP.value, "dtype": _DTYPE.value, "batch_size": _BATCH_SIZE.value}
+
+
+def _loss(model: str) -> dict[str, Any]:
+    settings = _prepare("loss", "without --task")
 
     from lm_jax.training.evaluation import evaluate_model
 
@@ -73,48 +122,57 @@ def main(argv: list[str]) -> None:
         "on_error": _ON_ERROR.value,
         "validation_sources": tuple(_SOURCE.value) or None,
     }
-    result = evaluate_model(
+    return evaluate_model(
         model,
-        step=_STEP.value,
-        dtype=_DTYPE.value,
-        batch_size=_BATCH_SIZE.value,
         max_batches=_MAX_BATCHES.value,
+        **settings,
         **{key: value for key, value in overrides.items() if value is not None},
     )
-    print(json.dumps(result))
 
 
-def _run_task(task: str, model: str) -> dict[str, Any]:
-    kind, _, names = task.partition(":")
-    names = [name for name in names.split(",") if name]
-    if not (task == "crows_pairs" or (kind == "lm_eval" and names)):
-        raise UserError(f"--task: no task '{task}' (there are crows_pairs and lm_eval:TASK[,TASK])")
-    if kind == "crows_pairs" and len(_SOURCE.value) != 1:
+def _lm_eval(model: str, names: list[str]) -> dict[str, Any]:
+    if not names:
+        raise UserError("--task: name the harness's tasks, as in --task=lm_eval:piqa,sciq")
+    settings = _prepare("lm_eval", "for --task=lm_eval")
+
+    from lm_jax.training.standard_tasks import run_lm_eval
+
+    return run_lm_eval(model, names, task_path=_TASK_PATH.value, output=_OUTPUT.value, **settings)
+
+
+def _crows_pairs(model: str) -> dict[str, Any]:
+    if len(_SOURCE.value) != 1:
         raise UserError(
             f"--source: crows_pairs needs one file, the authors' CSV, not {len(_SOURCE.value)}"
         )
-    unused = (_SOURCE,) if kind == "lm_eval" else (_TASK_PATH,)
-    for flag in (*unused, _DOCUMENT, _TEXT_KEY, _ON_ERROR, _LENGTH, _MAX_BATCHES):
-        if flag.value not in (None, []):
-            raise UserError(f"--{flag.name}: has no meaning for --task={kind}: leave it out")
-    if _OUTPUT.value:
-        cli.check_new_file("output", _OUTPUT.value)
+    settings = _prepare("crows_pairs", "for --task=crows_pairs")
 
-    from lm_jax import runtime
+    from lm_jax.training.standard_tasks import run_crows_pairs
 
-    runtime.configure()
+    return run_crows_pairs(model, _SOURCE.value[0], output=_OUTPUT.value, **settings)
 
-    from lm_jax.training.standard_tasks import run_crows_pairs, run_lm_eval
 
-    settings = {
-        "output": _OUTPUT.value,
-        "step": _STEP.value,
-        "dtype": _DTYPE.value,
-        "batch_size": _BATCH_SIZE.value,
-    }
-    if kind == "lm_eval":
-        return run_lm_eval(model, names, task_path=_TASK_PATH.value, **settings)
-    return run_crows_pairs(model, _SOURCE.value[0], **settings)
+def _application(model: str, task: str) -> dict[str, Any]:
+    settings = _prepare("application", f"for --task={task}")
+
+    from lm_jax.training.applications import evaluate_task, to_text
+
+    report, result = evaluate_task(
+        model,
+        task,
+        sources=tuple(_SOURCE.value),
+        prompt=_PROMPT.value,
+        target=_TARGET.value,
+        output=_OUTPUT.value,
+        max_examples=_MAX_EXAMPLES.value,
+        on_error=_ON_ERROR.value,
+        max_tokens=_MAX_TOKENS.value,
+        beams=_BEAMS.value,
+        length_penalty=_LENGTH_PENALTY.value,
+        **settings,
+    )
+    print(to_text(result), file=sys.stderr, flush=True)
+    return report
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ class Template:
         self.parts: list[tuple[str, str | None]] = []
         for before, name, spec, conversion in parts:
             if name is not None and (not name or not name.isidentifier() or spec or conversion):
-                raise UserError(f"{key}: {text!r}: in braces stands the name of a field, as {{text}}")
+                raise UserError(
+                    f"{key}: {text!r}: in braces stands the name of a field, as in '{{text}}'"
+                )
             self.parts.append((before, name))
 
     @property

@@ -229,6 +229,7 @@ def _checks(config: Config) -> Iterator[Check]:
 _NEEDS = {
     "next_token": ("linear", True),
     "complete": ("linear", True),
+    "chat": ("linear", True),
     "masked": ("masked_lm", False),
     "classify": ("classify", None),
 }
@@ -239,7 +240,7 @@ def _check_objective(config: Config) -> Iterator[Check]:
     model, objective = config.model, config.data.objective
     head, causal = _NEEDS[objective]
     if config.init_from:  # the model is given: it is the objective that can be changed
-        fits = "next_token' or 'complete" if model.causal else "masked"
+        fits = "next_token', 'complete' or 'chat" if model.causal else "masked"
         yield (
             model.head in ("linear", "masked_lm", "classify"),
             "init_from",
@@ -277,8 +278,17 @@ def _check_examples(config: Config) -> Iterator[Check]:
         except UserError as e:
             yield False, f"data.{key}", str(e).removeprefix(f"data.{key}: ")
             continue
+        if key == "target" and data.objective == "chat" and not text:
+            continue
         wanted = "which field of a record it is made of, as in '{text}'"
         yield bool(fields), f"data.{key}", f"say {wanted}, not {text!r}"
+        if key == "prompt" and data.objective == "chat" and not data.target:
+            yield (
+                text == "{" + fields[0] + "}" if fields else False,
+                "data.prompt",
+                "without data.target it names the field of a conversation, as in '{messages}', and"
+                f" nothing else, not {text!r}",
+            )
     classify = data.objective == "classify"
     yield (
         classify or not data.labels,

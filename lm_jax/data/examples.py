@@ -7,6 +7,7 @@ from typing import Any
 
 from lm_jax.config import DataConfig
 from lm_jax.data.records import Record, Records, kind
+from lm_jax.errors import UserError
 from lm_jax.template import Template
 
 
@@ -18,11 +19,14 @@ class Example:
       prompt: what is given; of objective 'classify' the text.
       targets: right answers, of which the first is learned; the name of the class.
       label: of objective 'classify', the number of the class.
+      messages: of objective 'chat', the conversation, {'role': ..., 'content': ...} each; the last
+        is the assistant's.
     """
 
     prompt: str
     targets: tuple[str, ...]
     label: int = 0
+    messages: tuple[dict[str, str], ...] = ()
 
     @property
     def text(self) -> str:
@@ -65,6 +69,8 @@ class Examples(Sequence):
         record = self.records[i]
         if not record:
             return SKIPPED
+        if self.objective == "chat" and not self.target.parts:
+            return self._conversation(record, i)
         try:
             prompt = self.prompt.fill({name: _text(record, name) for name in self.prompt.fields})
             targets = self._targets(record)
@@ -75,7 +81,22 @@ class Examples(Sequence):
             return self._bad(i, str(e))
         if self.objective == "classify":
             targets = (self.labels[label],)
+        if self.objective == "chat":
+            messages = (_said("user", prompt), _said("assistant", targets[0]))
+            return Example(prompt, targets, messages=messages)
         return Example(prompt, targets, label)
+
+    def _conversation(self, record: Record, i: int) -> Example:
+        """Of objective 'chat' without a target: the prompt's one field holds the messages."""
+        (name,) = self.prompt.fields
+        if name not in record:
+            return self._bad(i, self._missing(name, list(record)))
+        try:
+            messages = _messages(record[name], name)
+        except ValueError as e:
+            return self._bad(i, str(e))
+        text = "\n".join(m["content"] for m in messages[:-1])
+        return Example(text, (messages[-1]["content"],), messages=messages)
 
     def _targets(self, record: Record) -> tuple[str, ...]:
         several = [name for name in self.target.fields if isinstance(record[name], list)]
@@ -112,6 +133,32 @@ class Examples(Sequence):
     def _bad(self, i: int, why: str) -> Example:
         self.records.bad(i, why)
         return SKIPPED
+
+
+def _said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _messages(value: Any, name: str) -> tuple[dict[str, str], ...]:
+    """The messages in a field, up to the last one that the assistant says.
+
+    Raises:
+      ValueError: it holds something else, or nothing of the assistant's.
+    """
+    if not isinstance(value, list):
+        raise ValueError(f"'{name}' must be a list of messages, not {kind(value)}")
+    found = []
+    for n, message in enumerate(value, 1):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"'{name}': message {n} is no object with 'role' and 'content'")
+        for key in ("role", "content"):
+            _text(message, key)
+        found.append(_said(str(message["role"]), str(message["content"])))
+    while found and found[-1]["role"] != "assistant":
+        found.pop()
+    if not found:
+        raise ValueError(f"'{name}' has no message of the role 'assistant'")
+    return tuple(found)
 
 
 def _text(record: Record, name: str) -> str:

@@ -9,9 +9,8 @@ is drawn later, in the train step. 'first_fit' then gives each piece of a docume
 so that every segment of a row is a whole [CLS] ... [SEP]; the other packings cut one stream of
 [bos] + ids + [eos] anywhere.
 
-Of an example not every pair counts: of objective 'complete' the targets do, of 'classify' one token,
-whose target is the number of its class. Then pairs are (input, target, whether it counts), and an
-example is never cut in two: it is shortened where it is longer than a row.
+Of an example not every pair counts: then pairs are (input, target, whether it counts), see
+`lm_jax.data.encoding`. It is never cut in two, but shortened where it is longer than a row.
 
 Shapes: P pairs of a document or piece, T pairs of a row (`DataConfig.length`), B rows of a block.
 """
@@ -26,6 +25,7 @@ import grain
 import numpy as np
 
 from lm_jax.config import DataConfig
+from lm_jax.data.encoding import encode_example, with_ends
 from lm_jax.data.examples import Example
 from lm_jax.data.tokenizer_base import Tokenizer
 from lm_jax.errors import UserError
@@ -34,13 +34,6 @@ Row = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
 
 PAIRS, SEGMENTS, POSITIONS = "pairs", "pairs_segment_ids", "pairs_positions"  # as Grain names them
-
-
-def with_ends(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    """[bos] + ids + [eos] as int32; eos stands in for a missing bos, as for GPT-2."""
-    front = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
-    back = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    return np.concatenate([np.array(front, np.int32), ids, np.array(back, np.int32)])
 
 
 def targets_ahead(config: DataConfig) -> int:
@@ -115,56 +108,6 @@ class Encode(grain.experimental.FlatMapTransform):
 @functools.cache
 def _say_once(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def encode_example(
-    example: Example, tokenizer: Tokenizer, config: DataConfig
-) -> tuple[np.ndarray, bool]:
-    """An example's pairs, int32 [P, 3] with P at most `config.length`, and whether it is whole.
-
-    Of a prompt that is too long the beginning is left out, since the question mostly stands at its
-    end; of a target, or of a text to classify, the end.
-    """
-    length = config.length
-    if config.objective == "classify":
-        ids, ends = tokenizer.encode(example.prompt), with_ends(tokenizer, np.zeros(0, np.int32))
-        most = length - len(ends)
-        tokens = with_ends(tokenizer, ids[:most])
-        pairs_P3 = np.zeros((len(tokens), 3), np.int32)
-        pairs_P3[:, 0] = tokens
-        pairs_P3[0 if config.label_token == "first" else -1, 1:] = example.label, 1
-        return pairs_P3, len(ids) <= most
-    prompt, target = complete_ids(example, tokenizer)
-    tokens = np.concatenate([prompt, target])
-    over = len(tokens) - 1 - length
-    if over > 0:
-        # What begins the text stays, and with it one token that the target follows.
-        begin = len(prompt) - len(tokenizer.encode(example.prompt))
-        cut = min(over, max(len(prompt) - max(begin, 1), 0))
-        prompt = np.concatenate([prompt[:begin], prompt[begin + cut :]])
-        tokens = np.concatenate([prompt, target])[: length + 1]
-    pairs_P3 = np.zeros((len(tokens) - 1, 3), np.int32)
-    pairs_P3[:, 0], pairs_P3[:, 1] = tokens[:-1], tokens[1:]
-    pairs_P3[len(prompt) - 1 :, 2] = 1
-    return pairs_P3, over <= 0
-
-
-def complete_ids(example: Example, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of a prompt, as it is given to generate from, and of the first target with its eos.
-
-    They are encoded apart, so that what is learned is what generation continues.
-
-    Raises:
-      UserError: the prompt has no token, so that nothing can follow it.
-    """
-    prompt = tokenizer.encode_prompt(example.prompt)
-    if not len(prompt):
-        raise UserError(
-            "an example's prompt is empty, and this tokenizer has no token that begins a text"
-        )
-    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    target = tokenizer.encode(example.targets[0])
-    return prompt, np.concatenate([target, np.array(eos, np.int32)])
 
 
 def least_tokens(ahead: int) -> str:

@@ -1,7 +1,7 @@
 """Random access to the documents of a text file, and what becomes of those that cannot be read.
 
-Every reader, here and in `lm_jax.data.records`, is a picklable sequence that opens its files when it
-is asked for a document or record, so that worker processes can hold it. One that cannot be read
+Every reader, here and in `lm_jax.data.records`, is a picklable sequence that opens its files when
+it is asked for a document or record, so that worker processes can hold it. One that cannot be read
 raises a `UserError` that says where it is, or, with `data.on_error='skip'`, is counted and reads as
 an empty one.
 """

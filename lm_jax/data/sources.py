@@ -20,7 +20,7 @@ Document = str | Example
 
 
 class Documents(Sequence):
-    """Documents of several readers one after the other; `[i]` is '' or SKIPPED where one was skipped.
+    """Documents of several readers, one after the other; '' or SKIPPED where one was skipped.
 
     Picklable: a copy in another process opens the files itself. `errors` counts what this process
     has skipped.
@@ -196,9 +196,7 @@ def _examples(paths: Sequence[str], config: DataConfig, errors: Errors) -> list[
     return parts
 
 
-def _readers(
-    paths: Sequence[str], config: DataConfig, errors: Errors
-) -> list[Sequence[Document]]:
+def _readers(paths: Sequence[str], config: DataConfig, errors: Errors) -> list[Sequence[Document]]:
     """Readers of `paths` in order; neighbouring files that are one document each share one."""
     parts: list[Sequence[Document]] = []
     whole: list[str] = []  # text files that wait for their common reader

@@ -29,6 +29,9 @@ from lm_jax.sharding.mesh import activation_spec, reshard, shards
 DEFAULT = Sampling()
 
 
+Prompt = str | np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """What followed a prompt.
@@ -95,7 +98,7 @@ class Generator:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         max_tokens: int,
         sampling: Sampling = DEFAULT,
@@ -112,6 +115,7 @@ class Generator:
         summed in another order).
 
         Args:
+          prompts: texts, or their ids, int32 [n] each, to which nothing is added.
           max_tokens: the most to generate for each prompt; the model's longest sequence, prompt
             included, is a limit too.
           stop: strings that end the text.
@@ -137,7 +141,7 @@ class Generator:
 
     def beam_search(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         max_tokens: int,
         beams: int = 4,
@@ -173,7 +177,7 @@ class Generator:
         return [row.completion() for row in rows]
 
     def _batches(
-        self, prompts: Sequence[str], max_tokens: int, batch_size: int, stop: Sequence[str]
+        self, prompts: Sequence[Prompt], max_tokens: int, batch_size: int, stop: Sequence[str]
     ) -> "tuple[list[Row], list[list[Row]], int]":
         """The prompts in their order, the same in batches, and the rows to compile for."""
         for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
@@ -188,13 +192,13 @@ class Generator:
         return rows, [[rows[i] for i in batch] for batch in batches], B
 
     def _row(
-        self, index: int, prompt: str, count: int, max_tokens: int, stop: Sequence[str]
+        self, index: int, prompt: Prompt, count: int, max_tokens: int, stop: Sequence[str]
     ) -> "Row":
-        """A prompt as ids, with what the tokenizer puts before it."""
+        """A prompt as ids, with what the tokenizer puts before a text."""
         which = f"prompt {index + 1} of {count}" if count > 1 else "the prompt"
         t, limit = self.tokenizer, self.model.config.max_length
         try:
-            ids = t.encode_prompt(prompt)
+            ids = t.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         except UserError as e:
             raise UserError(f"{which}: {e}") from None
         if not len(ids):
@@ -207,7 +211,8 @@ class Generator:
                 f" generated ones included: shorten it to {limit - 1} or fewer"
             )
         budget = min(max_tokens, limit - len(ids))
-        return Row(index, prompt, ids, TextStream(t.stream(), ids, stop), budget, t.stop_ids)
+        text = prompt if isinstance(prompt, str) else t.decode(ids)
+        return Row(index, text, ids, TextStream(t.stream(), ids, stop), budget, t.stop_ids)
 
     def _run(
         self,

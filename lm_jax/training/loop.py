@@ -12,9 +12,6 @@ import contextlib
 import itertools
 import math
 import os
-import shlex
-import shutil
-import sys
 from collections.abc import Collection
 
 import jax
@@ -35,10 +32,12 @@ from lm_jax.model.lora import base_config
 from lm_jax.sharding.mesh import batch_block, batch_shards, make_mesh, to_devices
 from lm_jax.training import together, trainable, weights
 from lm_jax.training import workdir as workdir_lib
+from lm_jax.training.answering import Answering
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
 from lm_jax.training.masking import make_masking
 from lm_jax.training.metrics import Metrics, Stopwatch, speed
 from lm_jax.training.optimizer import check_rules
+from lm_jax.training.farewell import farewell
 from lm_jax.training.program import check_batch, jit_train_step
 from lm_jax.training.samples import sample
 from lm_jax.training.signals import StopSignal
@@ -82,15 +81,23 @@ def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> int:
     ):
         run = _Run(config, workdir, mesh, tokenizer, stream, checkpoints)
         state, start = run.restore_or_begin()
-        if jax.process_index() == 0:
+
+        def settle(folder: str) -> None:
             if config.model.lora.rank:
-                weights.pin(workdir, run.source)
-            workdir_lib.settle(workdir, asked, tokenizer)
+                weights.pin(folder, run.source)
+            workdir_lib.settle(folder, asked, tokenizer)
+
+        if jax.process_index() == 0:
+            settle(workdir)
+        if config.task.name != "none" and jax.process_count() == 1:
+            run.answering = Answering(config, workdir, tokenizer, settle)
         return run.go(state, start)
 
 
 class _Run:
     """One process's part of a run, once data and devices are there."""
+
+    answering: Answering | None = None  # the task, if there is one
 
     def __init__(
         self,
@@ -167,7 +174,7 @@ class _Run:
             caught = self.stop.agreed()
             if step > start or start == 0:
                 self._finish(state, step, caught)
-        self.metrics.say(self._farewell(step, caught))
+        self.metrics.say(farewell(self.config, self.workdir, step, caught))
         self.metrics.close()
         return caught
 
@@ -255,6 +262,7 @@ class _Run:
         for action, every in (
             (self._save, self.config.checkpoint.every),
             (self._evaluate, training.evaluate_every),
+            (self._answer, self.config.task.every),
             (self._sample, training.sample_every),
         ):
             if every and step % every == 0 and step != training.steps:
@@ -269,6 +277,7 @@ class _Run:
         if not caught:
             if self.config.training.evaluate_every and self.evaluated_at != step:
                 self._evaluate(state, step)
+            self._answer(state, step)
             self._sample(state, step)
 
     def _save(self, state: TrainState, step: int) -> None:
@@ -350,6 +359,17 @@ class _Run:
             parts.append(f"{values['accuracy']:.1%} of the masked tokens right")
         self.metrics.say(f"step {step}: " + ", ".join(parts))
 
+    def _answer(self, state: TrainState, step: int) -> None:
+        if self.answering is None:
+            return
+        model = params_lib.bind(self.step.skeleton, state.all_parameters)
+        with jax.transfer_guard("allow"):
+            values = self.answering.evaluate(model)
+            best = self.config.task.keep_best and self.answering.keep(step, state, values)
+        self.metrics.write("task", step, values)
+        said = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+        self.metrics.say(f"step {step}: {said}" + (", the best so far" if best else ""))
+
     def _stop_now(self) -> bool:
         """Whether to drop what can be done later; several processes would first have to agree."""
         return self.stop.number > 0 and jax.process_count() == 1
@@ -364,24 +384,6 @@ class _Run:
         samples = os.path.join(self.workdir, "samples.txt")
         paths.append(samples, f"=== step {step} ===\n{text}\n")
         self.metrics.say(f"--- sample at step {step} ---\n{text}\n---")
-
-    def _farewell(self, step: int, caught: int) -> str:
-        steps = self.config.training.steps
-        if caught and step < steps:
-            return f"stopped after step {step} of {steps}; the same command goes on"
-        use, what = "generate", "generate from it"
-        if self.config.model.head != "linear":
-            use, what = "evaluate", "evaluate it"
-        command = f"{_python()} -m lm_jax.{use} --workdir={shlex.quote(self.workdir)}"
-        return f"done: step {step} in {self.workdir}\n{what}: {command}"
-
-
-def _python() -> str:
-    """How the user calls this interpreter: by its path where 'python' is another one, or none."""
-    if shutil.which("python") == sys.executable:
-        return "python"
-    path = os.path.relpath(sys.executable)
-    return shlex.quote(sys.executable if path.startswith("..") else path)
 
 
 def _rows_here(mesh: jax.sharding.Mesh) -> dict[str, int]:

@@ -1,0 +1,215 @@
+"""Applications: what is asked of a model, how its answers are obtained, and how they are scored."""
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lm_jax import paths
+from lm_jax.config import DataConfig, TaskConfig
+from lm_jax.data.encoding import prompt_ids, shortened
+from lm_jax.data.examples import Example
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
+from lm_jax.evaluation.classes import confusion
+from lm_jax.evaluation.classifier import classify
+from lm_jax.evaluation.metrics import Score, score
+from lm_jax.generation.decoding import Generator
+from lm_jax.generation.sampling import Sampling
+from lm_jax.model.transformer import Transformer
+
+_GREEDY = Sampling(temperature=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What `--task` stands for.
+
+    Attributes:
+      objective: as data.objective; of a published model that can chat, 'chat' in place of
+        'complete'.
+      prompt, target: templates for a model that was not trained on examples of its own.
+      metrics: keys of `lm_jax.evaluation.metrics.METRICS`, the most telling one first.
+      max_tokens: of an answer.
+    """
+
+    objective: str
+    prompt: str
+    target: str
+    metrics: tuple[str, ...]
+    max_tokens: int = 128
+
+
+TASKS = {
+    "translate": Task("complete", "", "", ("bleu", "chrf")),
+    "sentiment": Task("classify", "{text}", "{label}", ("accuracy", "macro_f1")),
+    "summarize": Task(
+        "complete",
+        "Summarize the following dialogue.\n\n{dialogue}",
+        "{summary}",
+        ("rougeL", "rouge1", "rouge2"),
+    ),
+    "answer": Task(
+        "complete",
+        "Answer the question with a few words of the text.\n\nText: {context}\n\n"
+        "Question: {question}",
+        "{answers}",
+        ("f1", "exact_match"),
+        32,
+    ),
+    "instruct": Task("chat", "{messages}", "", ("rougeL", "chrf"), 256),
+}
+
+
+def find_task(name: str) -> Task:
+    """
+    Raises:
+      UserError: there is no such task.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UserError(
+            f"--task: no task '{name}'{hint} (there are {', '.join(TASKS)}, crows_pairs and"
+            " lm_eval:TASK[,TASK])"
+        )
+    return TASKS[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """
+    Attributes:
+      records: for each example what was asked, what would be right, and the prediction.
+      confusion: of classes, a table for a person.
+    """
+
+    scores: dict[str, Score]
+    records: list[dict[str, Any]]
+    confusion: str = ""
+
+    def values(self) -> dict[str, float]:
+        return {name: s.value for name, s in self.scores.items()}
+
+
+def run_task(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    data: DataConfig,
+    task: TaskConfig,
+    *,
+    batch_size: int = 8,
+    known: Sequence[dict[str, Any]] = (),
+    on_record: Callable[[dict[str, Any]], None] | None = None,
+    on_done: Callable[[int], None] | None = None,
+) -> Result:
+    """Asks a model what the examples ask, and scores its answers.
+
+    Inside `jax.set_mesh` it works on that mesh.
+
+    Args:
+      known: records of examples that were answered before, by their `index`.
+      on_record: called with each record as soon as it is there.
+      on_done: called with the number of examples answered.
+
+    Raises:
+      UserError: there is no such task or metric, no example, or the model cannot do this.
+    """
+    kind = find_task(task.name)
+    asked = [(i, e) for i, e in enumerate(examples) if e.targets]
+    if not asked:
+        raise UserError("there are no examples to evaluate")
+    there = {r["index"]: r for r in known}
+    waiting = [(i, e) for i, e in asked if i not in there]
+    answer = _classes if data.objective == "classify" else _texts
+    for first in range(0, len(waiting), 16 * batch_size):
+        some = waiting[first : first + 16 * batch_size]
+        before = len(asked) - len(waiting) + first
+        count = (lambda n, before=before: on_done(before + n)) if on_done else None
+        found = answer(model, tokenizer, [e for _, e in some], data, task, batch_size, count)
+        for (i, example), prediction in zip(some, found):
+            there[i] = {"index": i, "prompt": example.prompt, "references": list(example.targets)}
+            there[i] |= prediction
+            if on_record:
+                on_record(there[i])
+    records = [there[i] for i, _ in asked]
+    predictions = [r["prediction"] for r in records]
+    references = [[_plain(t) for t in r["references"]] for r in records]
+    scores = score(task.metrics or kind.metrics, predictions, references)
+    table = ""
+    if data.objective == "classify":
+        table = confusion(predictions, [r[0] for r in references], data.labels)
+    return Result(scores, records, table)
+
+
+def _plain(text: str) -> str:
+    return text.strip()
+
+
+def _texts(model, tokenizer, examples, data, task, batch_size, on_done) -> list[dict[str, Any]]:
+    kind, limit = find_task(task.name), model.config.max_length
+    most = min(task.max_tokens or kind.max_tokens, limit - 1)
+    prompts = [
+        shortened(prompt_ids(example, tokenizer), limit - most, tokenizer) for example in examples
+    ]
+    generator = Generator(model, tokenizer)
+    if task.beams > 1:
+        completions = generator.beam_search(
+            prompts,
+            max_tokens=most,
+            beams=task.beams,
+            length_penalty=task.length_penalty,
+            batch_size=batch_size,
+            on_done=on_done,
+        )
+    else:
+        completions = generator.generate(
+            prompts, max_tokens=most, sampling=_GREEDY, batch_size=batch_size, on_done=on_done
+        )
+    return [{"prediction": _plain(c.text), "finish_reason": c.finish_reason} for c in completions]
+
+
+def _classes(model, tokenizer, examples, data, task, batch_size, on_done) -> list[dict[str, Any]]:
+    del task
+    texts = [example.prompt for example in examples]
+    found = classify(
+        model,
+        tokenizer,
+        texts,
+        length=data.length,
+        batch_size=batch_size,
+        on_done=on_done,
+    )
+    return [
+        {
+            "prediction": data.labels[int(p_C.argmax())],
+            "probabilities": [round(float(p), 6) for p in p_C],
+        }
+        for p_C in found
+    ]
+
+
+def read_records(path: str, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """What an evaluation that was stopped wrote to `path`; a line cut off in the middle is dropped.
+
+    Raises:
+      UserError: it is of other examples.
+    """
+    found: list[dict[str, Any]] = []
+    if not os.path.exists(path):
+        return found
+    for line in paths.read_text(path).splitlines():
+        try:
+            record = json.loads(line)
+            same = examples[record["index"]].prompt == record["prompt"] and "prediction" in record
+        except (ValueError, KeyError, TypeError, IndexError):
+            continue
+        if not same:
+            raise UserError(
+                f"--output: '{path}' holds predictions for other examples: name another file"
+            )
+        found.append(record)
+    return found

@@ -1,0 +1,34 @@
+"""What a run says when it ends: how to go on, or what to do with the model."""
+
+import os
+import shlex
+import shutil
+import sys
+
+from lm_jax.config import Config
+
+
+def farewell(config: Config, workdir: str, step: int, caught: int) -> str:
+    """
+    Args:
+      step: the last one that is done.
+      caught: the number of the signal that ended the run, or 0.
+    """
+    steps = config.training.steps
+    if caught and step < steps:
+        return f"stopped after step {step} of {steps}; the same command goes on"
+    use, what = "generate", "generate from it"
+    if config.model.head != "linear":
+        use, what = "evaluate", "evaluate it"
+    if config.task.name != "none":
+        use, what = f"evaluate --task={config.task.name}", "evaluate it"
+    command = f"{_python()} -m lm_jax.{use} --workdir={shlex.quote(workdir)}"
+    return f"done: step {step} in {workdir}\n{what}: {command}"
+
+
+def _python() -> str:
+    """How the user calls this interpreter: by its path where 'python' is another one, or none."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    path = os.path.relpath(sys.executable)
+    return shlex.quote(sys.executable if path.startswith("..") else path)
