@@ -16,6 +16,7 @@ from lm_jax.config import (
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
+    TaskConfig,
     TokenizerConfig,
     TrainingConfig,
 )
@@ -24,7 +25,7 @@ from lm_jax.recipes import choose
 #          layers, width, heads, vocabulary, length, batch, steps, warm-up, learning rate
 _VARIANTS = {
     "scratch": (2, 128, 4, 4096, 64, 32, 600, 60, 1e-3),
-    "bert": (12, 768, 12, 30522, 128, 32, 600, 60, 3e-5),
+    "bert": (12, 768, 12, 30522, 128, 8, 500, 50, 1e-4),
     "tiny": (2, 64, 2, 512, 32, 8, 30, 5, 1e-3),
 }
 
@@ -58,6 +59,7 @@ def get_config(variant: str = "scratch") -> Config:
             batch_size=batch,
             packing="first_fit",
         ),
+        task=TaskConfig(name="sentiment", every=steps // 4, keep_best=True),
         optimizer=OptimizerConfig(
             name="adamw",
             learning_rate=rate,

@@ -239,7 +239,7 @@ def test_what_the_model_has_learned_may_not_be_changed_on_resuming():
     """Said the other way round, by hand: these name how a run computes, reports, or how long."""
     free = {key for key, _, field in walk(Config()) if field.metadata.get("resumable")}
     sections = {key.partition(".")[0] for key in free}
-    assert sections == {"model", "data", "training", "mesh", "checkpoint", "logging"}
+    assert sections == {"model", "data", "task", "training", "mesh", "checkpoint", "logging"}
     assert {key for key in free if key.startswith("model.")} == {
         f"model.{name}" for name in ("dtype", "remat", "scan_layers", "attention")
     }

@@ -34,10 +34,10 @@ from lm_jax.training import together, trainable, weights
 from lm_jax.training import workdir as workdir_lib
 from lm_jax.training.answering import Answering
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
+from lm_jax.training.farewell import farewell
 from lm_jax.training.masking import make_masking
 from lm_jax.training.metrics import Metrics, Stopwatch, speed
 from lm_jax.training.optimizer import check_rules
-from lm_jax.training.farewell import farewell
 from lm_jax.training.program import check_batch, jit_train_step
 from lm_jax.training.samples import sample
 from lm_jax.training.signals import StopSignal

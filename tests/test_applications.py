@@ -1,0 +1,122 @@
+"""Each application from its recipe's tiny variant to a score, on examples that can be learned."""
+
+import importlib.util
+import json
+import random
+
+import commands
+import pytest
+
+from lm_jax.errors import UserError
+from lm_jax.training.applications import evaluate_task
+from lm_jax.training.loop import train
+
+WORDS = {"dog": "hund", "cat": "katze", "man": "mann", "runs": "rennt", "sleeps": "schlaeft"}
+MOODS = {"good": "positive", "bad": "negative"}
+
+
+def _sentences(count):
+    rng = random.Random(0)
+    return [f"the {rng.choice(['dog', 'cat', 'man'])} {rng.choice(['runs', 'sleeps'])}"
+            for _ in range(count)]  # fmt: skip
+
+
+def _answers(count):
+    return [
+        {"context": s, "question": "Who?", "answers": [s.split()[1], "the " + s.split()[1]]}
+        for s in _sentences(count)
+    ]
+
+
+def _squad(count):
+    paragraphs = []
+    for i, s in enumerate(_sentences(count)):
+        answer = {"text": s.split()[1], "answer_start": 4}
+        qas = [{"id": str(i), "question": "Who?", "answers": [answer]}]
+        paragraphs.append({"context": s, "qas": qas})
+    return {"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}
+
+
+def _examples(name, count):
+    sentences, rng = _sentences(count), random.Random(1)
+    if name == "translate":
+        return [
+            {"en": s, "de": "der " + " ".join(map(WORDS.get, s.split()[1:]))} for s in sentences
+        ]
+    if name == "sentiment":
+        moods = [rng.choice(sorted(MOODS)) for _ in sentences]
+        return [{"text": f"{s}, a {m} one", "label": MOODS[m]} for s, m in zip(sentences, moods)]
+    if name == "summarize":
+        return [{"dialogue": f"A: {s}. B: yes.", "summary": s.split()[-1]} for s in sentences]
+    return [
+        {"messages": [{"role": "user", "content": s}, {"role": "assistant", "content": "I see."}]}
+        for s in sentences
+    ]
+
+
+def recipe(name, **overrides):
+    spec = importlib.util.spec_from_file_location(name, commands.ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("tiny")
+    config.logging.tensorboard = False
+    config.tokenizer.vocab_size = 300
+    for key, value in overrides.items():
+        section, _, field = key.partition("__")
+        assert hasattr(getattr(config, section), field), key
+        setattr(getattr(config, section), field, value)
+    return config
+
+
+def written(folder, name, count=120):
+    if name == "answer":
+        path = folder / "examples.json"
+        path.write_text(json.dumps(_squad(count)))
+    else:
+        path = folder / "examples.jsonl"
+        path.write_text("".join(json.dumps(e) + "\n" for e in _examples(name, count)))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "metric", "least"),
+    [
+        ("translate", 50, "chrf", 80.0),
+        ("sentiment", 30, "accuracy", 95.0),
+        ("summarize", 40, "rougeL", 60.0),
+        ("answer", 40, "f1", 30.0),
+        ("instruct", 30, "rougeL", 90.0),
+    ],
+)
+def test_a_recipe_learns_and_is_scored(name, steps, metric, least, tmp_path, capsys):
+    source, workdir = written(tmp_path, name), str(tmp_path / "run")
+    config = recipe(
+        name,
+        data__sources=(source,),
+        data__validation_fraction=0.2,
+        training__steps=steps,
+        training__evaluate_every=0,
+        task__every=0,
+        task__max_tokens=24,
+        checkpoint__every=0,
+    )
+    assert train(config, workdir) == 0
+    said = capsys.readouterr().err
+    assert f"evaluate --task={name}" in said
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (scored,) = [x for x in lines if x["kind"] == "task"]
+    assert scored[metric] >= least, scored
+
+    output = tmp_path / "predictions.jsonl"
+    report, result = evaluate_task(workdir, name, output=str(output))
+    assert report["scores"][metric]["value"] == pytest.approx(scored[metric], abs=1e-6)
+    assert report["scores"][metric]["low"] <= scored[metric] <= report["scores"][metric]["high"]
+    records = [json.loads(x) for x in output.read_text().splitlines()]
+    assert sorted(records, key=lambda r: r["index"]) == result.records
+
+    # One that was cut off goes on, with the same result; its last line was not whole.
+    output.write_text("".join(json.dumps(r) + "\n" for r in records[:3]) + '{"index": 9')
+    again = evaluate_task(workdir, name, output=str(output))[0]
+    assert again["scores"] == report["scores"]
+    with pytest.raises(UserError, match="holds predictions for other examples"):
+        evaluate_task(workdir, name, output=str(output), sources=(source,))
