@@ -211,7 +211,7 @@ class TaskConfig:
     length_penalty: float = resumable(1.0)  # of beams: above 1 favours long answers
     every: int = resumable(0)  # steps of training; 0: at the end alone
     examples: int | None = resumable(None)  # the first so many; None: all
-    batch_size: int = resumable(16)  # examples answered at a time
+    rows: int = resumable(16)  # examples answered at a time
     keep_best: bool = resumable(False)  # the checkpoint that the first metric finds best as well
 
 

@@ -98,8 +98,9 @@ def main(argv: list[str]) -> None:
 
 def _prepare(kind: str, where: str) -> dict[str, Any]:
     """Checks that no flag is given that says nothing here; what all of them take."""
-    for flag in {flag for own in _OWN.values() for flag in own} - {*_OWN[kind]}:
-        if flag.value not in (None, []):
+    taken = {flag.name for flag in _OWN[kind]}
+    for flag in (flag for own in _OWN.values() for flag in own):
+        if flag.name not in taken and flag.value not in (None, []):
             raise UserError(f"--{flag.name}: has no meaning {where}: leave it out")
     if _OUTPUT.value and kind != "application":
         cli.check_new_file("output", _OUTPUT.value)

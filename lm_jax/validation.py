@@ -55,6 +55,8 @@ def _checks(config: Config) -> Iterator[Check]:
         "data.lanes": data.lanes,
         "training.accumulation": training.accumulation,
         "training.evaluate_batch_size": training.evaluate_batch_size,
+        "task.rows": config.task.rows,
+        "task.beams": config.task.beams,
         "logging.every": config.logging.every,
         "checkpoint.keep": config.checkpoint.keep,
     }
@@ -75,6 +77,7 @@ def _checks(config: Config) -> Iterator[Check]:
     if training.steps:
         yield from _check_objective(config)
     yield from _check_examples(config)
+    yield from _check_task(config)
     yield 0 < data.mask_rate < 1, "data.mask_rate", f"must be in (0, 1), not {data.mask_rate}"
     yield (
         masked or not data.mask_whole_words,
@@ -168,10 +171,10 @@ def _checks(config: Config) -> Iterator[Check]:
         ),
     )
     above_0 = "optimizer.learning_rate optimizer.muon_learning_rate optimizer.epsilon"
-    above_0 += " optimizer.decay_steps checkpoint.keep_every"
+    above_0 += " optimizer.decay_steps checkpoint.keep_every task.max_tokens task.examples"
     from_0 = "optimizer.clip_norm optimizer.warmup_steps optimizer.weight_decay training.z_loss"
     from_0 += " training.evaluate_every training.sample_every training.sample_tokens"
-    from_0 += " checkpoint.every training.balance_loss training.router_z_loss"
+    from_0 += " task.every checkpoint.every training.balance_loss training.router_z_loss"
     parts = "optimizer.b1 optimizer.b2 optimizer.muon_momentum"
     for key, value, _ in walk(config):
         if value is not None and key in above_0.split():
@@ -335,3 +338,17 @@ def _check_examples(config: Config) -> Iterator[Check]:
             "data.label_token",
             "of a causal model only the last token has seen the text: 'last'",
         )
+
+
+def _check_task(config: Config) -> Iterator[Check]:
+    task, objective = config.task, config.data.objective
+    wanted = ("classify",) if task.name == "sentiment" else ("complete", "chat")
+    yield (
+        task.name == "none" or objective in wanted,
+        "task.name",
+        f"'{task.name}' is about examples of objective {' or '.join(map(repr, wanted))}, not"
+        f" '{objective}'",
+    )
+    if task.name == "none":
+        for key in ("metrics", "every", "keep_best"):
+            yield not getattr(task, key), f"task.{key}", "there is no task: set task.name as well"

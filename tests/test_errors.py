@@ -179,7 +179,9 @@ def test_a_run_that_diverges_is_stopped(corpus, tmp_path):
 def test_a_task_that_cannot_be_run(tmp_path):
     model, task = f"--model={tmp_path}", "--task=crows_pairs"
     for flags, said in (
-        (["--task=lm_eval:"], "no task 'lm_eval:' (there are crows_pairs and lm_eval:TASK"),
+        (["--task=lm_eval:"], "--task: name the harness's tasks"),
+        (["--task=sumarize"], "no task 'sumarize'; did you mean 'summarize'? (there are translate"),
+        (["--task=answer", "--length=5"], "--length: has no meaning for --task=answer"),
         ([task], "--source: crows_pairs needs one file"),
         ([task, "--source=a", "--max_batches=1"], "--max_batches: has no meaning"),
         (["--output=scores.jsonl"], "--output: has no meaning without --task"),

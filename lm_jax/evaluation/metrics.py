@@ -116,14 +116,22 @@ def score(
     }
 
 
-def _check(
-    names: Sequence[str], predictions: Sequence[Label], references: list[list[Label]]
-) -> None:
+def check_names(names: Sequence[str]) -> None:
+    """
+    Raises:
+      UserError: there is no such metric.
+    """
     for name in names:
         if name not in METRICS:
             near = difflib.get_close_matches(name, METRICS, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise UserError(f"no metric '{name}'{hint} (there are {', '.join(METRICS)})")
+
+
+def _check(
+    names: Sequence[str], predictions: Sequence[Label], references: list[list[Label]]
+) -> None:
+    check_names(names)
     if len(predictions) != len(references):
         raise UserError(
             f"{len(predictions)} predictions, but references for {len(references)}: each"

@@ -15,7 +15,7 @@ from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.evaluation.classes import confusion
 from lm_jax.evaluation.classifier import classify
-from lm_jax.evaluation.metrics import Score, score
+from lm_jax.evaluation.metrics import Score, check_names, score
 from lm_jax.generation.decoding import Generator
 from lm_jax.generation.sampling import Sampling
 from lm_jax.model.transformer import Transformer
@@ -78,6 +78,17 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
+def metrics_of(task: TaskConfig) -> tuple[str, ...]:
+    """The metrics of a task, the most telling one first.
+
+    Raises:
+      UserError: there is no such task or metric.
+    """
+    names = task.metrics or find_task(task.name).metrics
+    check_names(names)
+    return names
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """
@@ -118,7 +129,7 @@ def run_task(
     Raises:
       UserError: there is no such task or metric, no example, or the model cannot do this.
     """
-    kind = find_task(task.name)
+    names = metrics_of(task)
     asked = [(i, e) for i, e in enumerate(examples) if e.targets]
     if not asked:
         raise UserError("there are no examples to evaluate")
@@ -138,7 +149,7 @@ def run_task(
     records = [there[i] for i, _ in asked]
     predictions = [r["prediction"] for r in records]
     references = [[_plain(t) for t in r["references"]] for r in records]
-    scores = score(task.metrics or kind.metrics, predictions, references)
+    scores = score(names, predictions, references)
     table = ""
     if data.objective == "classify":
         table = confusion(predictions, [r[0] for r in references], data.labels)

@@ -12,7 +12,7 @@ from lm_jax import paths
 from lm_jax.config import CheckpointConfig, Config
 from lm_jax.data.sources import documents
 from lm_jax.data.tokenizer import Tokenizer
-from lm_jax.evaluation.tasks import find_task, run_task
+from lm_jax.evaluation.tasks import metrics_of, run_task
 from lm_jax.model.transformer import Transformer
 from lm_jax.training.checkpoint import Checkpoints, stored
 from lm_jax.training.metrics import progress_bar
@@ -41,7 +41,7 @@ class Answering:
         examples = documents(config.data, "validation")
         count = min(len(examples), config.task.examples or len(examples))
         self.examples = [examples[i] for i in range(count)]
-        self.metric = (config.task.metrics or find_task(config.task.name).metrics)[0]
+        self.metric = metrics_of(config.task)[0]
 
     def evaluate(self, model: Transformer) -> dict[str, float]:
         """The score of each metric."""
@@ -52,7 +52,7 @@ class Answering:
                 self.examples,
                 self.config.data,
                 self.config.task,
-                batch_size=self.config.task.batch_size,
+                batch_size=self.config.task.rows,
                 on_done=on_done,
             )
         return result.values()

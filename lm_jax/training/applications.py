@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
-from lm_jax.config import OF_EXAMPLES, DataConfig, MeshConfig
+from lm_jax.config import OF_EXAMPLES, DataConfig, MeshConfig, TaskConfig
 from lm_jax.data.chat import chat_template_of
 from lm_jax.data.sources import documents
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.evaluation.metrics import table
-from lm_jax.evaluation.tasks import Result, find_task, read_records, run_task
+from lm_jax.evaluation.tasks import Result, find_task, metrics_of, read_records, run_task
 from lm_jax.sharding.mesh import make_mesh
 from lm_jax.template import Template
 from lm_jax.training.metrics import progress_bar
@@ -54,7 +54,7 @@ def evaluate_task(
       UserError: there is no such model or task, the examples cannot be read, or the model cannot
         do this.
     """
-    find_task(name)
+    metrics_of(TaskConfig(name=name))
     mesh = make_mesh(MeshConfig())
     loaded = load_for_inference(path, mesh, step, dtype)
     config, tokenizer = loaded.config, loaded.tokenizer
@@ -81,7 +81,7 @@ def evaluate_task(
             examples,
             data,
             settings,
-            batch_size=batch_size or settings.batch_size,
+            batch_size=batch_size or settings.rows,
             known=known,
             on_record=on_record,
             on_done=on_done,

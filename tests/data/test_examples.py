@@ -1,0 +1,259 @@
+"""Examples: made of records' fields, wrong ones named by their place, encoded as they are asked."""
+
+import json
+
+import numpy as np
+import pytest
+from data_helpers import data_config
+
+from lm_jax.config import Config
+from lm_jax.data import records
+from lm_jax.data.encoding import conversation, encode_example, prompt_ids, shortened
+from lm_jax.data.examples import Example
+from lm_jax.data.loader import train_stream
+from lm_jax.data.readers import Errors
+from lm_jax.data.sources import documents, texts
+from lm_jax.data.tokenizer_base import BytesTokenizer
+from lm_jax.errors import UserError
+from lm_jax.template import Template
+from lm_jax.validation import validate
+
+TOKENIZER = BytesTokenizer()
+BOS, EOS = 256, 257
+SQUAD = {
+    "data": [
+        {
+            "title": "t",
+            "paragraphs": [
+                {
+                    "context": "A cat sat.",
+                    "qas": [
+                        {"id": "q", "question": "Who?", "answers": [
+                            {"text": "cat", "answer_start": 2}, {"text": "A cat", "answer_start": 0}
+                        ]}
+                    ],
+                }
+            ],
+        }
+    ]
+}  # fmt: skip
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def complete(source, **changes):
+    defaults = {"objective": "complete", "prompt": "{q}?", "target": "{a}", "length": 32}
+    return data_config(source, **(defaults | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"q": "1, 2", "a": "x"}\n\n{"q": "\\u00e9", "a": 2}\n'),
+        ("a.csv", 'q,a\n"1, 2",x\n\n\u00e9,2\n'),
+        ("a.tsv", "q\ta\n1, 2\tx\n\u00e9\t2\n"),
+        ("a.json", [{"q": "1, 2", "a": "x"}, {"q": "\u00e9", "a": 2}]),
+    ],
+)
+def test_every_form_of_records_gives_the_same_examples(name, content, tmp_path):
+    found = documents(complete(write(tmp_path, name, content)), "train")
+    assert list(found) == [Example("1, 2?", ("x",)), Example("\u00e9?", ("2",))]
+    folder = documents(complete(str(tmp_path)), "train")
+    assert list(folder) == list(found)
+    assert list(texts(complete(str(tmp_path)), "train")) == ["1, 2?\nx", "\u00e9?\n2"]
+
+
+def test_parquet_gives_them_too(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"q": ["a", "b"], "n": [1, 2], "a": [["x"], ["y", "z"]]}),
+                   tmp_path / "a.parquet")  # fmt: skip
+    found = documents(complete(str(tmp_path / "a.parquet")), "train")
+    assert list(found) == [Example("a?", ("x",)), Example("b?", ("y", "z"))]
+    with pytest.raises(UserError, match="no column 'c'; columns: q, n, a"):
+        documents(complete(str(tmp_path / "a.parquet"), prompt="{c}"), "train")
+
+
+def test_squad_is_flat_and_has_all_answers(tmp_path):
+    source = write(tmp_path, "squad.json", SQUAD)
+    config = complete(source, prompt="{context} {question}", target="{answers}")
+    (found,) = documents(config, "train")
+    assert found == Example("A cat sat. Who?", ("cat", "A cat"))
+    (record,) = records.read_json(source, Errors("raise"))
+    assert record["answer_starts"] == [2, 0] and record["id"] == "q"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", '{"q": "1", "a": "x"}\n{"q": "1"}\n', r"a\.jsonl:2: no key 'a'; keys: q\."),
+        (
+            "a.jsonl",
+            '{"q": "1", "a": null}\n',
+            r"a\.jsonl:1: 'a' must be text or a number, not null",
+        ),
+        ("a.jsonl", '{"q": "1", "a": []}\n', r"a\.jsonl:1: 'a' is empty: there is nothing"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl:1: a JSON object is wanted, not a list"),
+        ("a.csv", "q,a\n1\n", r"a\.csv:2: 1 columns, and the first line has 2"),
+        ("a.csv", "q,q\n1,2\n", r"a\.csv:1: two columns have the same name"),
+        ("a.csv", "q,b\n1,2\n", r"a\.csv: no column 'a'; columns: q, b"),
+        ("a.csv", 'q,a\n"1,2\n', r"a\.csv:\d: not CSV"),
+        (
+            "a.json",
+            {"data": [{"paragraphs": [{"qas": [{}]}]}]},
+            r"data\[0\]: not in the form of SQuAD",
+        ),
+        ("a.json", [1], r"a\.json: record 1: an object is wanted, not a number"),
+        ("a.txt", "text", r"a\.txt: objective 'complete' is about records"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_place(name, content, said, tmp_path):
+    config = complete(write(tmp_path, name, content))
+    with pytest.raises(UserError, match=said):
+        list(documents(config, "train"))
+
+
+def test_what_is_wrong_can_be_skipped(tmp_path):
+    lines = ['{"q": "1", "a": "x"}', "no", '{"q": "2"}', '{"q": "3", "a": "z"}']
+    source = write(tmp_path, "a.jsonl", "\n".join(lines))
+    found = documents(complete(source, on_error="skip"), "train")
+    assert [e.targets for e in found] == [("x",), (), (), ("z",)]
+    assert found.errors.count == 2
+
+
+def test_labels_are_numbers_or_names(tmp_path):
+    source = write(tmp_path, "a.csv", "text,label\na,1\nb,bad\n")
+    config = complete(source, objective="classify", prompt="{text}", target="{label}",
+                      labels=("bad", "good"), label_token="first")  # fmt: skip
+    assert [(e.label, e.targets) for e in documents(config, "train")] == [
+        (1, ("good",)),
+        (0, ("bad",)),
+    ]
+    config.labels = ("bat", "god")
+    with pytest.raises(UserError, match=r"a\.csv:3: 'bad' is none of .*did you mean 'bat'"):
+        list(documents(config, "train"))
+
+
+@pytest.mark.parametrize("text", ["{", "}", "{a.b}", "{a[0]}", "{}", "{a!r}", "{a:3}", "{0}"])
+def test_a_template_names_fields_and_nothing_else(text):
+    with pytest.raises(UserError, match=r"^data\.prompt: "):
+        Template(text, "data.prompt")
+    assert Template("{{{a}}}", "k").fill({"a": "{b}"}) == "{{b}}"
+
+
+def test_the_target_alone_counts_and_continues_what_is_generated_from():
+    config, example = complete("", length=64), Example("ab", ("xyz", "other"))
+    pairs_P3, whole = encode_example(example, TOKENIZER, config)
+    prompt = prompt_ids(example, TOKENIZER)
+    assert whole and prompt.tolist() == [BOS, *b"ab"]
+    assert pairs_P3[:, 0].tolist() == [BOS, *b"abxyz"]
+    assert pairs_P3[:, 1].tolist() == [*b"abxyz", EOS]
+    assert pairs_P3[:, 2].tolist() == [0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("length", range(4, 9))
+def test_a_long_prompt_loses_its_beginning_and_a_long_target_its_end(length):
+    config = complete("", length=length)
+    pairs_P3, whole = encode_example(Example("abcdef", ("xyz",)), TOKENIZER, config)
+    assert not whole and len(pairs_P3) == length and pairs_P3[0, 0] in (BOS, ord("f"))
+    inputs, counted = pairs_P3[:, 0], pairs_P3[:, 1][pairs_P3[:, 2] == 1]
+    assert counted.tolist() == [*b"xyz", EOS][: len(counted)] and len(counted) >= min(4, length)
+    prompt = [BOS, *b"abcdef"[10 - length :]] if length > 4 else [ord("f")]
+    assert inputs[pairs_P3[:, 2] == 0].tolist() == prompt[:-1] and inputs[length - 4] == prompt[-1]
+    assert shortened(np.arange(5), 9, TOKENIZER).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("token", "place"), [("first", 0), ("last", -1)])
+def test_one_token_tells_the_class(token, place):
+    config = complete("", objective="classify", label_token=token, length=6)
+    for text, whole in (("abc", True), ("abcdefgh", False)):
+        pairs_P3, got = encode_example(Example(text, ("good",), 3), TOKENIZER, config)
+        assert got == whole
+        assert pairs_P3[:, 0].tolist() == [BOS, *text.encode()[:4], EOS]
+        assert pairs_P3[:, 2].nonzero()[0].tolist() == [place % len(pairs_P3)]
+        assert pairs_P3[place, 1] == 3
+
+
+def test_what_the_assistant_says_counts():
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ho"},
+        {"role": "user", "content": "so"},
+        {"role": "assistant", "content": "no"},
+    ]
+    ids, counts = conversation(messages, TOKENIZER)
+    said = "".join(chr(i) if i < 256 else "|" for i in ids)
+    assert said == "|User: hi\nAssistant: ho|User: so\nAssistant: no|"
+    assert "".join(c for c, n in zip(said, counts) if n) == " ho| no|"
+    assert (
+        ids[: np.flatnonzero(counts)[3]].tolist()
+        == prompt_ids(Example("", ("no",), messages=tuple(messages)), TOKENIZER)[
+            : np.flatnonzero(counts)[3]
+        ].tolist()
+    )
+
+
+def test_conversations_are_read_up_to_what_the_assistant_says(tmp_path):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    lines = [{"m": [*talk, {"role": "user", "content": "c"}]}, {"m": talk[:1]}]
+    source = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines)))
+    found = documents(complete(source, objective="chat", prompt="{m}", target=""), "train")
+    assert list(found[0].messages) == talk and found[0].targets == ("b",)
+    with pytest.raises(UserError, match=r"a\.jsonl:2: 'm' has no message of the role 'assistant'"):
+        found[1]
+
+
+def test_batches_of_examples_are_the_same_on_any_number_of_processes(tmp_path):
+    lines = [json.dumps({"q": "a" * (i % 5), "a": "b" * (i % 7 + 1)}) for i in range(50)]
+    config = complete(write(tmp_path, "a.jsonl", "\n".join(lines)), length=16, epochs=None)
+    with train_stream(config, TOKENIZER, seed=0) as alone:
+        batches = [next(alone) for _ in range(3)]
+        state = alone.get_state()
+        after = next(alone)
+    assert all(b["weights"].sum() < (b["segments"] > 0).sum() for b in batches)
+    for batch in batches:
+        counts = batch["weights"] > 0
+        assert set(batch["targets"][counts].tolist()) == {ord("b"), EOS}
+    with train_stream(config, TOKENIZER, seed=0) as again:
+        again.set_state(state)
+        for key, value in next(again).items():
+            np.testing.assert_array_equal(value, after[key])
+    halves = [train_stream(config, TOKENIZER, seed=0, process_index=i, process_count=2)
+              for i in range(2)]  # fmt: skip
+    joined = [next(h) for h in halves]
+    for half in halves:
+        half.close()
+    for key, value in batches[0].items():
+        np.testing.assert_array_equal(np.concatenate([h[key] for h in joined]), value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data.prompt": "{q}"}, "data.prompt: objective 'next_token' has none"),
+        ({"data.objective": "complete"}, "data.prompt: say which field of a record"),
+        ({"data.objective": "complete", "data.prompt": "{q", "data.target": "{a}"},
+         "data.prompt: '{q'"),
+        ({"data.objective": "complete", "data.prompt": "{q}", "data.target": "{a}",
+          "data.packing": "crop"}, "data.packing: must be 'first_fit' for examples"),
+        ({"data.objective": "chat", "data.prompt": "x {m}"}, "names the field of a conversation"),
+        ({"data.objective": "classify", "data.prompt": "{q}", "data.target": "{a}",
+          "model.head": "classify", "model.causal": False}, "data.labels: name the classes"),
+        ({"data.labels": ("a", "b")}, "data.labels: objective 'next_token' has no classes"),
+        ({"model.head": "classify", "model.labels": 1}, "model.labels: a head 'classify' has two"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_together_is_said(changes, said):
+    config = Config()
+    config.data.sources = ("a.jsonl",)
+    for key, value in changes.items():
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, value)
+    with pytest.raises(UserError) as e:
+        validate(config)
+    assert said in str(e.value), e.value
