@@ -1,5 +1,6 @@
 """The benchmarks run, at a size that says nothing about speed or memory."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -9,6 +10,10 @@ import sys
 
 import commands
 import pytest
+import random_llama
+
+from lm_jax.data.tokenizer_base import BytesTokenizer
+from lm_jax.interop.tokenizer_export import write_huggingface_tokenizer
 
 FOLDER = commands.ROOT / "tests" / "benchmarks"
 
@@ -96,3 +101,27 @@ def test_plans_are_shown_as_a_table_and_not_compiled_again(tmp_path):
     ]
     assert "does not fit" in not_
     assert stored.read_text().splitlines() == lines
+
+
+def test_serving(tmp_path):
+    """The command itself: what it answers, what it refuses, and how it ends."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    model = random_llama.llama(width=64, layers=1, mlp_width=64, vocab_size=258)
+    random_llama.write(folder, dataclasses.replace(model, max_length=512), "float32", 10**9)
+    write_huggingface_tokenizer(BytesTokenizer(), folder)
+    flags = ["--clients=6", "--seconds=0.3", "--tokens=8", "--requests=4", "--slots=4"]
+    done = subprocess.run(
+        [sys.executable, FOLDER / "serving.py", f"--model={folder}", *flags],
+        env=commands.environment(cache=tmp_path / "cache"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["model"] == "tiny" and result["many"]["clients"] == 6
+    assert result["same"] == result["answers"] >= 7
+    assert result["requests_that_differ"] == [] and result["exit"] == 0
+    assert all(result["refused"].values())
+    assert "Traceback" not in done.stderr
+    assert "stopping: running answers may end" in done.stderr
