@@ -39,6 +39,10 @@ case "$1 $2" in
   "-m lm_jax.evaluate")
     case "$*" in *--task=*) ;; *) set -- "$@" --max_batches=1 ;; esac
     exec '{python}' "$@" ;;
+  "-m lm_jax.serve")  # until it is ready
+    '{python}' "$@" --port=0 >serve.log & server=$!
+    until grep serving serve.log; do kill -0 $server || exit 1; sleep 0.1; done
+    kill $server; wait $server ;;
   "-m lm_jax.tokenize")
     case "$*" in *--output=*) set -- "$@" --vocab_size=300 ;; esac
     exec '{python}' "$@" ;;
@@ -166,6 +170,7 @@ def test_commands_and_code_run(done, checkout):
     assert np.load(checkout / "vectors.npy").shape == (2, 32)
     assert (checkout / "tfds" / "local_text" / "notes").is_dir()
     assert "1 passed" in done
+    assert "serving 'published' at http://127.0.0.1:" in done
     for made in ("tpus tpu-vm create mine", "kind: JobSet", "sbatch --job-name=lm_jax"):
         assert made in done
     assert "--config.optimizer.warmup_steps=" in done  # --help

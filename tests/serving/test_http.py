@@ -3,12 +3,14 @@
 import contextlib
 import json
 import random
+import re
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 
+import commands
 import openai
 import pytest
 from tiny_serving import model_of, until
@@ -197,6 +199,17 @@ def test_openais_client_works(server):
             client.chat.completions.create(messages=[USER], n=2, **arguments)
         with pytest.raises(openai.NotFoundError, match="no model 'other'"):
             client.completions.create(prompt="hi", model="other")
+
+
+def test_what_the_readme_asks_is_answered(server, capfd):
+    readme = (commands.ROOT / "README.md").read_text(encoding="utf-8")
+    body = json.loads(re.search(r"-d '(\{.*?\})'", readme)[1])
+    assert len(streamed(server, "/v1/completions", body)) > 1
+    code = re.search(r"^```py\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)[1]
+    shown = "http://127.0.0.1:8000"
+    assert shown in code
+    exec(code.replace(shown, server.address), {})
+    assert len(capfd.readouterr().out) > 10
 
 
 def test_many_clients_at_once(server):
