@@ -18,7 +18,7 @@ from lm_jax.serving import batch as batch_lib
 from lm_jax.serving.scheduler import Closed, Failed, Full, Scheduler, TimedOut
 from lm_jax.sharding.mesh import make_mesh
 
-KINDS = (Sampling(0.0), Sampling(top_k=0), Sampling(0.7, top_k=0, top_p=0.8))
+KINDS = (Sampling(0.0), Sampling(top_k=0), Sampling(0.7, top_k=20, top_p=0.8))
 
 
 @pytest.fixture(scope="module")
