@@ -102,6 +102,12 @@ def checkout(tmp_path_factory) -> pathlib.Path:
     (root / "records.jsonl").write_text(records)
     pairs = ",sent_more,sent_less,stereo_antistereo,bias_type\n0,a b,a c,stereo,age\n"
     (root / "crows_pairs_anonymized.csv").write_text(pairs)
+    pair = {"en": "A dog runs.", "de": "Ein Hund rennt."}
+    (root / "sentences.jsonl").write_text((json.dumps(pair) + "\n") * 20)
+    answer = {"text": "cat", "answer_start": 2}
+    asked = {"id": "0", "question": "Who?", "answers": [answer]}
+    paragraphs = [{"context": "A cat sat.", "qas": [asked]}] * 10
+    (root / "questions.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
     question = {"question": "France:", "choices": ["Paris", "Rome"], "answer": 0}
     (root / "capitals.jsonl").write_text(json.dumps(question) + "\n")
     (root / "input.txt").write_text("".join(texts))

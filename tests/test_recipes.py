@@ -57,7 +57,12 @@ NAMED = {
     ("gpt3", "13b"): 13e9,
     ("gpt3", "175b"): 175e9,
 }
-VARIANTS = [*PUBLISHED, *NAMED]
+APPLICATIONS = [
+    *(("translate", v) for v in ("cpu", "large", "tiny")),
+    *(("sentiment", v) for v in ("scratch", "bert", "tiny")),
+    *((r, v) for r in ("summarize", "answer", "instruct") for v in ("published", "scratch", "tiny")),
+]
+VARIANTS = [*PUBLISHED, *NAMED, *APPLICATIONS]
 
 
 def module(recipe: str):
