@@ -60,7 +60,11 @@ NAMED = {
 APPLICATIONS = [
     *(("translate", v) for v in ("cpu", "large", "tiny")),
     *(("sentiment", v) for v in ("scratch", "bert", "tiny")),
-    *((r, v) for r in ("summarize", "answer", "instruct") for v in ("published", "scratch", "tiny")),
+    *(
+        (r, v)
+        for r in ("summarize", "answer", "instruct")
+        for v in ("published", "scratch", "tiny")
+    ),
 ]
 VARIANTS = [*PUBLISHED, *NAMED, *APPLICATIONS]
 
