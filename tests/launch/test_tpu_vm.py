@@ -124,7 +124,7 @@ def test_training_outlives_this_command_and_can_be_shown_again_and_stopped(cloud
     process = cloud.start("tpu_vm.sh", *tpu(), "--", *RUN)
     assert process.stdout.readline() == "step 1\n"
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "goes on without this" in err
 
     code, _, err = cloud.run("tpu_vm.sh", *tpu(), "--", *RUN, "--config.training.seed=1")
@@ -133,7 +133,7 @@ def test_training_outlives_this_command_and_can_be_shown_again_and_stopped(cloud
     again = cloud.start("tpu_vm.sh", *tpu(), "--", *RUN)
     assert again.stdout.readline() == "step 1\n"
     assert cloud.run("tpu_vm.sh", *tpu("--stop"))[0] == 0
-    out, err = again.communicate(timeout=30)
+    out, err = again.communicate(timeout=120)
     assert again.returncode == 143 and out == "saved\n" and "it runs already" in err
     assert len(cloud.trained()) == 1
 
@@ -177,7 +177,7 @@ def test_without_capacity_it_says_what_else_there_is_and_waits_only_after_a_pree
     first = cloud.start("tpu_vm.sh", *tpu("--spot"), "--", *RUN)
     assert first.stdout.readline() == "step 1\n"
     (cloud.folder / "refusals").touch()
-    first.communicate(timeout=30)
+    first.communicate(timeout=120)
     assert first.returncode == 0 and len(cloud.trained()) == 2
 
 
@@ -313,7 +313,7 @@ def test_a_signal_to_all_processes_of_a_host_is_trainings_to_answer(cloud):
     run = cloud.folder / "hosts" / "0" / "lm_jax-run"
     for name in ("process", "child"):
         os.kill(int((run / name).read_text().split()[0]), signal.SIGTERM)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 143 and out == "saved\n"
     deadline = time.monotonic() + 10
     while not (run / "exit").exists() and time.monotonic() < deadline:
