@@ -17,5 +17,6 @@ cd "$ROOT"
 export JAX_PLATFORMS=cpu
 "$VENV/bin/python" -m ruff check lm_jax tests # configs/ may hold recipes of your own
 "$VENV/bin/python" -m ruff format --check lm_jax tests
-# A worker a core; a file stays with one, and so do the fixtures that its tests share.
-exec "$VENV/bin/python" -m pytest -n auto --dist loadfile "$@"
+# A worker a core; a file stays with one, and so do the fixtures that its tests share. Files go in
+# the order of tests/conftest.py.
+exec "$VENV/bin/python" -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

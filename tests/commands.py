@@ -10,6 +10,7 @@ import time
 
 import jax
 import numpy as np
+import quick_compiler
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECIPE = "--config=configs/quickstart.py"
@@ -19,8 +20,7 @@ def environment(devices: int = 1, cache: pathlib.Path | None = None) -> dict[str
     """What a command runs under; `cache` is shared by commands that compile the same step."""
     out = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-        " --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick_compiler.FLAGS}",
     }
     if cache is not None:
         out |= {

@@ -1,12 +1,14 @@
 """Eight simulated CPU devices for every test, and no silent rank promotion."""
 
 import os
+import pathlib
+
+import quick_compiler
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Optimizing machine code for tiny models takes longer than running them as it comes.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + f" --xla_force_host_platform_device_count=8 {quick_compiler.FLAGS}"
 ).strip()
 
 import jax
@@ -14,3 +16,9 @@ import jax
 pytest_plugins = ["browser"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 assert jax.device_count() == 8, "the tests need 8 simulated devices"
+
+
+def pytest_collection_modifyitems(items):
+    """Files that run commands take longest: begun last, one would keep a single worker busy."""
+    here = pathlib.Path(__file__).parent
+    items.sort(key=lambda item: (item.path.name != "test_readme.py", item.path.parent != here))

@@ -1,6 +1,7 @@
 """`python -m lm_jax.plan` as users run it: real compilations for TPUs, and what does not fit."""
 
 import json
+import os
 import shlex
 
 import commands
@@ -30,7 +31,9 @@ def plan(*more: str, **overrides):
     )
 
 
-def test_a_tpu_slice_as_json():
+def test_a_tpu_slice_as_json(monkeypatch):
+    flags = commands.environment()["XLA_FLAGS"] + " --xla_cpu_use_fusion_emitters=true"
+    monkeypatch.setattr(commands, "environment", lambda: os.environ | {"XLA_FLAGS": flags})
     code, out, err = plan("--topology=v5e:2x2", "--json", mesh__fsdp=4, mesh__data=1)
     assert (code, err) == (0, "")
     got = json.loads(out)

@@ -13,8 +13,10 @@ def prepare() -> None:
     """jax sees the CPU alone; libtpu neither looks for a TPU nor for its host, and says nothing.
 
     libtpu's lock file keeps two processes from using one TPU. None is used here, so that several
-    may compile at a time, beside one that trains.
+    may compile at a time, beside one that trains. It also ends the process, without a word, at a
+    flag of XLA's that it does not know, such as are for CPUs alone: those are taken out.
     """
+    flags = os.environ.get("XLA_FLAGS", "").split()
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -24,6 +26,7 @@ def prepare() -> None:
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "TPU_STDERR_LOG_LEVEL": "3",
         "TPU_MIN_LOG_LEVEL": "3",
+        "XLA_FLAGS": " ".join(f for f in flags if not f.startswith("--xla_cpu_")),
     }
 
 
