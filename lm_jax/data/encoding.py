@@ -37,6 +37,8 @@ def encode_example(
     length = config.length
     if config.objective == "classify":
         tokens, whole = text_to_classify(example.prompt, tokenizer, length)
+        if not len(tokens):
+            raise UserError("a text to classify is empty, and this tokenizer has no token for that")
         pairs_P3 = np.zeros((len(tokens), 3), np.int32)
         pairs_P3[:, 0] = tokens
         pairs_P3[0 if config.label_token == "first" else -1, 1:] = example.label, 1
@@ -57,9 +59,16 @@ def encode_example(
 
 
 def text_to_classify(text: str, tokenizer: Tokenizer, longest: int) -> tuple[np.ndarray, bool]:
-    """[bos] + ids + [eos], at most `longest`, and whether it is the whole text."""
-    ids, ends = tokenizer.encode(text), len(with_ends(tokenizer, np.zeros(0, np.int32)))
-    return with_ends(tokenizer, ids[: longest - ends]), len(ids) <= longest - ends
+    """A text by itself, at most `longest` tokens, and whether it is the whole text.
+
+    Around it is what the tokenizer says (`Tokenizer.frame`), as in Transformers, which classifiers
+    come from and go to. Where that is nothing and the text is empty, it is what begins a text.
+    """
+    ids, ends = tokenizer.encode(text), len(tokenizer.frame(np.zeros(0, np.int32)))
+    framed = tokenizer.frame(ids[: longest - ends])
+    if not len(framed) and tokenizer.begin_id is not None:
+        framed = np.array([tokenizer.begin_id], np.int32)
+    return framed, len(ids) <= longest - ends
 
 
 def prompt_ids(example: Example, tokenizer: Tokenizer) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Any
 from lm_jax.config import NOT_OF_THE_WEIGHTS, ModelConfig, MoeConfig, RopeScaling, walk
 from lm_jax.errors import UserError
 from lm_jax.interop.family import Family, Json
+from lm_jax.interop.labels import default_labels, read_labels, write_labels
 from lm_jax.interop.registry import FAMILIES
 from lm_jax.model_validation import validate_model
 
@@ -44,6 +45,10 @@ def family_of(hf: Json, where: str) -> Family:
         said = f"model_type {kind!r}" if kind is not None else f"architectures {classes!r}"
         raise UserError(f"{where}: {said} is not supported; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
+    if classes and classes[0] in family.refused:
+        raise UserError(
+            f"{where}: architecture {classes[0]!r} is not supported: {family.refused[classes[0]]}"
+        )
     if classes and classes[0] not in family.architectures:
         raise UserError(
             f"{where}: architecture {classes[0]!r} is not supported; supported of {kind}:"
@@ -89,9 +94,12 @@ def read_config(family: Family, hf: Json, where: str, names: set[str] | None = N
         raise UserError(f"{where}: {e}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise UserError(f"{where}: a value is not of the type it should be: {e}") from None
-    if fields["head"] == "none":
+    if fields["head"] in ("none", "classify"):
         fields["tied_head"] = True
+    if fields["head"] == "classify":
+        fields["labels"] = len(read_labels(hf, where))
     fields |= {ours: theirs in (names or ()) for ours, theirs in family.has.items()}
+    fields |= family.by_head.get(fields["head"], {})
     if fields["vocab_size"] is None:
         raise UserError(f"{where}: vocab_size must be a whole number, not null")
     scaling = RopeScaling(**fields.pop("rope_scaling", {}))
@@ -99,8 +107,11 @@ def read_config(family: Family, hf: Json, where: str, names: set[str] | None = N
     return validate_model(ModelConfig(**fields, rope_scaling=scaling, moe=moe), where)
 
 
-def write_config(family: Family, model: ModelConfig) -> Json:
+def write_config(family: Family, model: ModelConfig, labels: tuple[str, ...] = ()) -> Json:
     """config.json of `model` in `family`, without what belongs to the tokenizer.
+
+    Args:
+      labels: of a model with a head 'classify', the names of its classes; (): they have none.
 
     Raises:
       UserError: the family cannot express it; the message names each field.
@@ -111,6 +122,8 @@ def write_config(family: Family, model: ModelConfig) -> Json:
     if not classes:
         raise UserError(f"model.head: {family.model_type} has no model with head '{model.head}'")
     hf |= {"model_type": family.model_type, "architectures": classes[:1]}
+    if model.head == "classify":
+        hf |= write_labels(labels or default_labels(model.labels))
     names = {tensor for field, tensor in family.has.items() if getattr(model, field)}
     again = read_config(family, hf, family.model_type, names)
     before = {

@@ -32,6 +32,7 @@ def save_pretrained(
     dtype: str = "float32",
     max_shard_bytes: int = SHARD_BYTES,
     token_ids: dict[str, int | None] | None = None,
+    labels: tuple[str, ...] = (),
 ) -> Family:
     """Writes config.json, generation_config.json and the weights.
 
@@ -41,6 +42,7 @@ def save_pretrained(
       parameters: on the mesh that is set.
       dtype: of the weights.
       token_ids: 'bos_token_id', 'eos_token_id' and 'pad_token_id'.
+      labels: the names of the classes, of a model that has them.
 
     Returns:
       The family.
@@ -60,7 +62,7 @@ def save_pretrained(
                 f"a {chosen.model_type} model has {key} = {chosen.only[key]}, and this tokenizer"
                 f" has {(token_ids or {})[key]}: choose another family"
             )
-    config = write_config(chosen, model) | ids | {"dtype": dtype}
+    config = write_config(chosen, model, labels) | ids | {"dtype": dtype}
     tensors = _tensors(chosen, model, {name: x.shape for name, x in parameters.items()})
     if first := jax.process_index() == 0:
         planned = [(name, shape, jnp.dtype(dtype)) for name, shape, _ in tensors]

@@ -125,6 +125,8 @@ class Family:
       weights: the tensors of a model of this config.
       has: fields that its tensors decide: field -> name of a tensor that is there if it is True.
       ignored: parts of names of tensors that a model can do without: buffers, other heads.
+      by_head: our `model.head` -> fields that all its models with this head have.
+      refused: Transformers' classes that are known and not supported -> why.
     """
 
     model_type: str
@@ -140,6 +142,17 @@ class Family:
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     has: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    by_head: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def decoder_head(model: ModelConfig) -> list[Weight]:
+    """What a causal model has behind its last norm, if anything of its own."""
+    if model.head == "classify":
+        return [Weight("head", "score.weight", linear())]
+    if model.head == "none" or model.tied_head:
+        return []
+    return [Weight("head", "lm_head.weight", linear())]
 
 
 # Transformers' names of activations -> ours. Of several, the last is the one that is written.

@@ -19,6 +19,7 @@ from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.interop.config_map import family_of, read_config, read_json
 from lm_jax.interop.family import Family, Shape, Weight
+from lm_jax.interop.labels import read_labels
 from lm_jax.interop.safetensors import Weights, open_weights
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.parameters import Parameters
@@ -45,6 +46,28 @@ def read_model_config(path: str) -> ModelConfig:
       UserError: it is no such folder, or the model is not supported.
     """
     return _Folder(path).model
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """What a published classifier's config.json says beside the model's shape.
+
+    Attributes:
+      names: of the classes, in order.
+      pad_id: the id that Transformers takes for no token of a text; None: it knows none.
+    """
+
+    names: tuple[str, ...]
+    pad_id: int | None
+
+
+def read_classes(path: str) -> Classes | None:
+    """Of a model without a head 'classify' None.
+
+    Raises:
+      UserError: as `read_model_config`.
+    """
+    return _Folder(path).classes
 
 
 def fingerprint(path: str) -> str:
@@ -166,12 +189,15 @@ class _Folder:
             stored = {self.family.prefix + name: old for name, old in stored.items()}
         self._stored = stored
         self.model = read_config(self.family, hf, where, set(stored))
+        self.classes: Classes | None = None
+        if self.model.head == "classify":
+            self.classes = Classes(read_labels(hf, where), hf.get("pad_token_id"))
         self._check_tie(where)
 
     def _check_tie(self, where: str) -> None:
         """A head beside the embedding that it is tied to must be the same: which one counts?"""
         self._tied: tuple[str, ...] = ()
-        if not self.model.tied_head or self.model.head == "none":
+        if not self.model.tied_head or self.model.head not in ("linear", "masked_lm"):
             return
         apart = self.family.weights(dataclasses.replace(self.model, tied_head=False))
         names = {w.ours: w.theirs for w in apart if w.ours in ("head", "embedding")}

@@ -24,7 +24,8 @@ class Comparison:
     Attributes:
       largest: absolute difference of two logits, or hidden states of a model without a head.
       spread: the standard deviation of Transformers' own.
-      same_choice: share of positions at which the most probable token is the same.
+      same_choice: share of positions at which the most probable token, or class, is the same; of a
+        classifier each row has one.
     """
 
     largest: float
@@ -54,13 +55,20 @@ def compare(model: Transformer, folder: str) -> Comparison:
     ids_BT = np.random.default_rng(0).integers(
         0, model.config.vocab_size, (rows, length), dtype=np.int32
     )
-    want = _reference(theirs, ids_BT)
-    none = model.config.head == "none"
+    if model.config.head == "classify":  # whatever ends a row must count as a token of it
+        if (pad := theirs.config.pad_token_id) is not None:
+            ids_BT[ids_BT == pad] = (pad + 1) % model.config.vocab_size
+        want = np.concatenate([_reference(theirs, ids_BT[i : i + 1]) for i in range(rows)])
+    else:
+        want = _reference(theirs, ids_BT)
+    c = model.config
 
     @jax.jit
     def outputs(model: Transformer, ids_BT: jax.Array) -> jax.Array:
         x_BTD, _ = model(reshard(ids_BT, activation_spec("batch", None)))
-        return x_BTD if none else model.logits(x_BTD)
+        if c.head == "classify":
+            return model.logits(x_BTD[:, -1:] if c.causal else x_BTD[:, :1])[:, 0]
+        return x_BTD if c.head == "none" else model.logits(x_BTD)
 
     with jax.default_matmul_precision("highest"):  # GPUs and TPUs would round the factors
         got = np.asarray(outputs(model, ids_BT), np.float32)

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lm_jax.config import Config, MeshConfig, ModelConfig
+from lm_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.interop import verify
+from lm_jax.interop.config_map import choose_family, write_config
 from lm_jax.interop.export import SHARD_BYTES, save_pretrained
 from lm_jax.interop.peft import save_adapters
 from lm_jax.interop.tokenizer_export import write_huggingface_tokenizer
@@ -59,6 +60,11 @@ def to_huggingface(
     config, tokenizer = loaded.model.config, loaded.tokenizer
     if family is not None:
         config = dataclasses.replace(config, family=family)
+    ids = _token_ids(tokenizer)
+    if config.head == "classify":
+        _check_classifier(config, loaded.config.data)
+        if config.causal:
+            ids["pad_token_id"] = weights.padding_of(tokenizer)
     with jax.set_mesh(_mesh_of(loaded.model)):
         chosen = save_pretrained(
             output,
@@ -66,7 +72,8 @@ def to_huggingface(
             params_lib.split(loaded.model),
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
-            token_ids=_token_ids(tokenizer),
+            token_ids=ids,
+            labels=loaded.config.data.labels,
         )
     missing = None
     if jax.process_index() == 0:
@@ -75,6 +82,27 @@ def to_huggingface(
         except UserError as e:
             missing = str(e)
     return chosen.model_type, missing
+
+
+def _check_classifier(model: ModelConfig, data: DataConfig) -> None:
+    """
+    Raises:
+      UserError: it computes what no published classifier does.
+    """
+    if model.causal:
+        return
+    pooled = dataclasses.replace(model, pooler=True)
+    write_config(choose_family(pooled), pooled)  # what keeps it from a family whatever it pools
+    if not model.pooler:
+        raise UserError(
+            "published classifiers of both directions have a dense layer and tanh before the"
+            " classes, and this model has none: train it with model.pooler = True"
+        )
+    if data.label_token != "first":
+        raise UserError(
+            "published classifiers of both directions tell the class at the first token, and this"
+            f" one at the {data.label_token}: train it with data.label_token = 'first'"
+        )
 
 
 def to_workdir(loaded: Loaded, workdir: str) -> None:

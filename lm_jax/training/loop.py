@@ -200,6 +200,8 @@ class _Run:
             self.source = weights.source_of(self.workdir, self.config)
             self.origin = f"starts from the weights of {self.source}"
             given = weights.load_start(self.source, base_config(model), self.mesh)
+            if model.head == "classify" and "head" not in given:
+                self.origin += f", with a new head for {model.labels} classes"
         if newest is None:
             return jax.jit(self.step.init_from, donate_argnums=0)(given), 0
         abstract = jax.eval_shape(self.step.init)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from lm_jax import paths
@@ -125,14 +126,17 @@ def resolved(config: Config, workdir: str, overridden: Collection[str] = ()) -> 
         usable.
     """
     config, path = copy.deepcopy(config), config.init_from
+    classify = config.data.objective == "classify"
     if not path:
         return validate(config)
     if paths.exists(os.path.join(workdir, "config.json")):
         before = read_config(workdir)
-        model, tokenizer = before.model, before.tokenizer
+        model, tokenizer, labels = before.model, before.tokenizer, before.data.labels
     else:
         try:
             model, tokenizer = model_of(path), TokenizerConfig(kind="file", path=path)
+            labels = _classes_of(path) if classify else ()
+            _check_order(path, labels, config.data.labels)
             if _is_run(path):
                 tokenizer = read_config(path).tokenizer
         except UserError as e:
@@ -140,9 +144,13 @@ def resolved(config: Config, workdir: str, overridden: Collection[str] = ()) -> 
     asked = {key: value for key, value, _ in walk(config) if key in overridden}
     kept = {name: getattr(config.model, name) for name in NOT_OF_THE_WEIGHTS}
     config.model = dataclasses.replace(copy.deepcopy(model), **kept)
-    if config.data.objective == "classify" and config.model.head != "classify":
-        # Drawn anew, in place of the head that comes with the weights.
-        config.model.head, config.model.tied_head = "classify", True
+    if classify:
+        config.data.labels = config.data.labels or labels
+        if config.model.head != "classify":
+            # Drawn anew, in place of the head that comes with the weights.
+            config.model.head, config.model.tied_head = "classify", True
+            config.model.pooler = bool(asked.get("model.pooler", config.model.pooler))
+        config.model.labels = len(config.data.labels)
     config.tokenizer = copy.deepcopy(tokenizer)
     config = validate(config)
     wrong = [
@@ -153,6 +161,28 @@ def resolved(config: Config, workdir: str, overridden: Collection[str] = ()) -> 
     if wrong:
         raise UserError("the config is not usable:\n  " + "\n  ".join(wrong))
     return config
+
+
+def _classes_of(path: str) -> tuple[str, ...]:
+    """The names of the classes that the model at `path` tells apart; () if it does not."""
+    if _is_run(path):
+        return read_config(path).data.labels
+    classes = pretrained.read_classes(_pretrained(path))
+    return () if classes is None else classes.names
+
+
+def _check_order(path: str, theirs: tuple[str, ...], ours: tuple[str, ...]) -> None:
+    """Under other names a head may go on with other classes; the same must be where they were.
+
+    Raises:
+      UserError: they are not.
+    """
+    before, now = ([name.casefold() for name in names] for names in (theirs, ours))
+    if before != now and sorted(before) == sorted(now):
+        raise UserError(
+            f"data.labels = {ours}, but the head of {path} tells them apart in another order:"
+            f" {theirs}. Leave data.labels empty to take that"
+        )
 
 
 def load_weights(source: Source, config: ModelConfig, mesh: Mesh) -> Parameters:
@@ -177,19 +207,14 @@ def load_weights(source: Source, config: ModelConfig, mesh: Mesh) -> Parameters:
 
 def load_start(source: Source, config: ModelConfig, mesh: Mesh) -> Parameters:
     """What a run of a model of `config` starts with: of the weights at `source` those that it has
-    as well; a head of its own is not among them.
+    as well; a head of another kind, or of another number of classes, is not among them.
 
     Raises:
-      UserError: as `load_weights`; or both have a head that classifies, of other classes.
+      UserError: as `load_weights`.
     """
     theirs = model_of(source.path)
     given = load_weights(source, theirs, mesh)
-    if theirs.head == config.head:
-        if theirs.labels != config.labels:
-            raise UserError(
-                f"init_from: the model of {source} has {theirs.labels} classes, and data.labels"
-                f" names {config.labels}"
-            )
+    if (theirs.head, theirs.labels) == (config.head, config.labels):
         return given
     own = params_lib.split(skeleton_of(config))
     heads = ("head", "head_bias")
@@ -250,8 +275,31 @@ def settings_of(source: Source) -> tuple[Config, Tokenizer]:
     config.data.length = min(config.data.length, config.model.max_length)
     config.training.steps = 0
     tokenizer = load_tokenizer(source.path)
+    if classes := pretrained.read_classes(source.path):
+        config.data.objective, config.data.labels = "classify", classes.names
+        config.data.prompt, config.data.target = "{text}", "{label}"
+        end = _end_of(tokenizer) if config.model.causal else None
+        if end is not None and end == classes.pad_id:
+            raise UserError(
+                f"{source.path}: its tokenizer ends a text with the id {classes.pad_id}, which is"
+                " pad_token_id in config.json: Transformers tells the class at the token before,"
+                " and lm_jax at the last"
+            )
     config.init_from = source.path
     return with_vocabulary(validate(config), tokenizer), tokenizer
+
+
+def _end_of(tokenizer: Tokenizer) -> int | None:
+    """The id that the tokenizer puts behind a text, the last of several; None if it puts none."""
+    framed = tokenizer.frame(np.array([-1], np.int32)).tolist()
+    return framed[-1] if framed[-1] >= 0 else None
+
+
+def padding_of(tokenizer: Tokenizer) -> int | None:
+    """An id that never ends a text, so that the last of all others is a text's last token, which is
+    how Transformers finds it in a row; None if there is none."""
+    pad = tokenizer.pad_id
+    return pad if pad in tokenizer.specials and pad != _end_of(tokenizer) else None
 
 
 # What adapters belong to.

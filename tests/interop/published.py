@@ -1,8 +1,12 @@
 """Small random models of Transformers, one or more for each family, saved as the hub has them."""
 
+import contextlib
 import functools
+import io
+import logging
 import pathlib
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -159,3 +163,21 @@ def outputs(model: Any, ids: np.ndarray, mask: np.ndarray | None = None) -> np.n
         mask = None if mask is None else torch.tensor(mask)
         got = model(input_ids=torch.tensor(ids), attention_mask=mask)
     return (got.last_hidden_state if "logits" not in got else got.logits).numpy()
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Fails if Transformers says anything, by a warning or by its log."""
+    said, logger = io.StringIO(), logging.getLogger("transformers")
+    handler = logging.StreamHandler(said)
+    before = hf.logging.get_verbosity()
+    hf.logging.set_verbosity_warning()
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+    finally:
+        logger.removeHandler(handler)
+        hf.logging.set_verbosity(before)
+    assert said.getvalue() == ""

@@ -1,11 +1,7 @@
 """Every family against Transformers: imported, it computes the same; exported, so do they."""
 
-import contextlib
 import dataclasses
-import io
 import json
-import logging
-import warnings
 
 import jax
 import numpy as np
@@ -54,28 +50,10 @@ def outputs(config: ModelConfig, parameters, mask: np.ndarray | None = None) -> 
         return np.asarray(_outputs(model, jax.device_put(IDS, rows), segments))
 
 
-@contextlib.contextmanager
-def silence():
-    """Fails if Transformers says anything, by a warning or by its log."""
-    said, logger = io.StringIO(), logging.getLogger("transformers")
-    handler = logging.StreamHandler(said)
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_warning()
-    logger.addHandler(handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            yield
-    finally:
-        logger.removeHandler(handler)
-        transformers.logging.set_verbosity(before)
-    assert said.getvalue() == ""
-
-
 def read_again(case: str, folder):
     """The exported model in Transformers, by the class its config.json names."""
     more = {"add_pooling_layer": False} if case == "bert, no pooler" else {}
-    with silence():
+    with published.silence():
         found = json.loads((folder / "config.json").read_text())["architectures"][0]
         assert found == type(published.model(case)).__name__
         model, report = getattr(transformers, found).from_pretrained(
@@ -126,7 +104,7 @@ def test_what_bert_learned_beside_masked_tokens_is_no_part_of_its_export(tmp_pat
     config, parameters = load(tmp_path / "in")
     assert config.pooler and config.head == "masked_lm"
     save_pretrained(str(tmp_path / "out"), config, parameters)
-    with silence():
+    with published.silence():
         transformers.BertForMaskedLM.from_pretrained(tmp_path / "out")
 
 

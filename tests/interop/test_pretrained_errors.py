@@ -69,7 +69,7 @@ def test_of_very_many_the_first_are_named_and_the_others_counted(folder):
     [
         ({"model_type": "mamba"}, ["'mamba'", "supported: gpt2, llama"]),
         ({"model_type": None, "architectures": ["T5Model"]}, ["T5Model", "supported"]),
-        ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
+        ({"architectures": ["LlamaForTokenClassification"]}, ["LlamaForTokenClassification"]),
         ({"hidden_act": "quick_gelu"}, ["'quick_gelu'", "silu"]),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["'yarn'", "llama3"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'", "llama3"]),

@@ -50,6 +50,7 @@ _ONLY = {
     "add_cross_attention": False,
     "position_embedding_type": ("absolute", None),
 }
+_BY_HEAD = {"classify": {"pooler": True}}
 _IGNORED = ("embeddings.position_ids", "cls.seq_relationship.")
 
 
@@ -72,10 +73,12 @@ def _weights(
     prefix: str,
     positions: Layout,
     head: tuple[str, str, str, str],
+    classifier: tuple[str, str],
 ) -> list[Weight]:
     """
     Args:
       head: names of the head's dense layer, norm, bias and, where it is not tied, its weight.
+      classifier: names of a classifier's dense layer before tanh, and of its last one.
     """
     block, tables = prefix + "encoder.layer.{}.", prefix + "embeddings."
     out = [
@@ -92,6 +95,8 @@ def _weights(
         *_dense("blocks.mlp.down", block + "output.dense"),
         *_norm("blocks.mlp_norm", block + "output.LayerNorm"),
     ]
+    if model.head == "classify":
+        return out + _dense("pooler", classifier[0]) + _dense("head", classifier[1])
     if model.pooler:
         pooler = _dense("pooler", prefix + "pooler.dense")
         out += [dataclasses.replace(w, written=model.head == "none") for w in pooler]
@@ -133,6 +138,7 @@ BERT = Family(
     architectures={
         "BertForMaskedLM": "masked_lm",
         "BertForPreTraining": "masked_lm",
+        "BertForSequenceClassification": "classify",
         "BertModel": "none",
     },
     prefix="bert.",
@@ -152,16 +158,22 @@ BERT = Family(
             "cls.predictions.bias",
             "cls.predictions.decoder.weight",
         ),
+        ("bert.pooler.dense", "classifier"),
     ),
     has={"pooler": "bert.pooler.dense.weight"},
     ignored=(*_IGNORED, "cls.predictions.decoder."),
+    by_head=_BY_HEAD,
 )
 
 _UNUSED_ROWS = 2  # RoBERTa counts positions from the id of padding, 1, plus 1
 
 ROBERTA = Family(
     model_type="roberta",
-    architectures={"RobertaForMaskedLM": "masked_lm", "RobertaModel": "none"},
+    architectures={
+        "RobertaForMaskedLM": "masked_lm",
+        "RobertaForSequenceClassification": "classify",
+        "RobertaModel": "none",
+    },
     prefix="roberta.",
     keys=_KEYS,
     fixed=_FIXED,
@@ -181,9 +193,12 @@ ROBERTA = Family(
         "roberta.",
         after_rows(_UNUSED_ROWS),
         ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder.weight"),
+        ("classifier.dense", "classifier.out_proj"),
     ),
     has={"pooler": "roberta.pooler.dense.weight"},
-    ignored=(*_IGNORED, "lm_head.decoder."),
+    # Its classifiers have a dense layer of their own, and may have a pooler that nobody uses.
+    ignored=(*_IGNORED, "lm_head.decoder.", "roberta.pooler."),
+    by_head=_BY_HEAD,
 )
 
 
@@ -244,5 +259,9 @@ DISTILBERT = Family(
         "attention_dropout": model.dropout,
     },
     weights=_distilbert_weights,
+    refused={
+        "DistilBertForSequenceClassification": "its classifier has a ReLU where those of BERT and"
+        " RoBERTa have tanh"
+    },
     ignored=("embeddings.position_ids",),
 )

@@ -7,6 +7,7 @@ from lm_jax.interop.family import (
     Family,
     Json,
     Weight,
+    decoder_head,
     linear,
     plus_one,
     read_activation,
@@ -80,7 +81,6 @@ def _write(model: ModelConfig) -> Json:
 
 def _weights(model: ModelConfig) -> list[Weight]:
     block, norm = "model.layers.{}.", plus_one(SAME)
-    head = [] if model.tied_head else [Weight("head", "lm_head.weight", linear())]
     out = [
         Weight("embedding", "model.embed_tokens.weight", SAME),
         Weight("blocks.attention_norm.scale", block + "input_layernorm.weight", norm),
@@ -95,7 +95,7 @@ def _weights(model: ModelConfig) -> list[Weight]:
         Weight("blocks.mlp.down", block + "mlp.down_proj.weight", linear()),
         Weight("blocks.mlp_out_norm.scale", block + "post_feedforward_layernorm.weight", norm),
         Weight("norm.scale", "model.norm.weight", norm),
-        *head,
+        *decoder_head(model),
     ]
     if model.qk_norm:
         out += [
@@ -115,7 +115,11 @@ def _every(hf: Json, period: int) -> list[str]:
 
 GEMMA2 = Family(
     model_type="gemma2",
-    architectures={"Gemma2ForCausalLM": "linear", "Gemma2Model": "none"},
+    architectures={
+        "Gemma2ForCausalLM": "linear",
+        "Gemma2ForSequenceClassification": "classify",
+        "Gemma2Model": "none",
+    },
     prefix="model.",
     keys=_KEYS,
     fixed=_FIXED,
@@ -160,7 +164,11 @@ def _write3(model: ModelConfig) -> Json:
 
 GEMMA3 = Family(
     model_type="gemma3_text",
-    architectures={"Gemma3ForCausalLM": "linear", "Gemma3TextModel": "none"},
+    architectures={
+        "Gemma3ForCausalLM": "linear",
+        "Gemma3TextForSequenceClassification": "classify",
+        "Gemma3TextModel": "none",
+    },
     prefix="model.",
     keys=_KEYS,
     fixed=_FIXED | {"qk_norm": True},

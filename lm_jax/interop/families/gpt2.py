@@ -8,7 +8,7 @@ from lm_jax.interop.family import (
     Json,
     Weight,
     conv1d,
-    linear,
+    decoder_head,
     read_activation,
     write_activation,
 )
@@ -38,7 +38,6 @@ def _weights(model: ModelConfig) -> list[Weight]:
         for end, kind, layout in (("", "weight", conv1d()), ("_bias", "bias", FLAT))
         for i, name in enumerate(("query", "key", "value"))
     ]
-    head = [] if model.tied_head else [Weight("head", "lm_head.weight", linear())]
     return [
         Weight("embedding", "transformer.wte.weight", SAME),
         Weight("position_embedding", "transformer.wpe.weight", SAME),
@@ -55,13 +54,17 @@ def _weights(model: ModelConfig) -> list[Weight]:
         Weight("blocks.mlp.down_bias", block + "mlp.c_proj.bias", SAME),
         Weight("norm.scale", "transformer.ln_f.weight", SAME),
         Weight("norm.bias", "transformer.ln_f.bias", SAME),
-        *head,
+        *decoder_head(model),
     ]
 
 
 GPT2 = Family(
     model_type="gpt2",
-    architectures={"GPT2LMHeadModel": "linear", "GPT2Model": "none"},
+    architectures={
+        "GPT2LMHeadModel": "linear",
+        "GPT2ForSequenceClassification": "classify",
+        "GPT2Model": "none",
+    },
     prefix="transformer.",
     keys={
         "vocab_size": "vocab_size",

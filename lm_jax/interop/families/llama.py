@@ -11,6 +11,7 @@ from lm_jax.interop.family import (
     Family,
     Json,
     Weight,
+    decoder_head,
     linear,
     read_activation,
     read_rope,
@@ -87,9 +88,7 @@ def _weights(model: ModelConfig) -> list[Weight]:
             theirs = f"{block}mlp.{ours}_proj.bias"
             out.append(Weight(f"blocks.mlp.{ours}_bias", theirs, SAME))
     out.append(Weight("norm.scale", "model.norm.weight", SAME))
-    if model.head != "none" and not model.tied_head:
-        out.append(Weight("head", "lm_head.weight", linear()))
-    return out
+    return out + decoder_head(model)
 
 
 def _read_llama(hf: Json) -> Json:
@@ -101,13 +100,17 @@ def _write_llama(model: ModelConfig) -> Json:
     return _write(model) | {"attention_bias": model.qkv_bias}
 
 
-def _architectures(name: str) -> dict[str, str]:
-    return {f"{name}ForCausalLM": "linear", f"{name}Model": "none"}
+def architectures(name: str) -> dict[str, str]:
+    return {
+        f"{name}ForCausalLM": "linear",
+        f"{name}ForSequenceClassification": "classify",
+        f"{name}Model": "none",
+    }
 
 
 LLAMA = Family(
     model_type="llama",
-    architectures=_architectures("Llama"),
+    architectures=architectures("Llama"),
     prefix="model.",
     keys=_KEYS | {"mlp_bias": "mlp_bias"},
     fixed={k: v for k, v in _FIXED.items() if k != "mlp_bias"},
@@ -120,7 +123,7 @@ LLAMA = Family(
 
 MISTRAL = Family(
     model_type="mistral",
-    architectures=_architectures("Mistral"),
+    architectures=architectures("Mistral"),
     prefix="model.",
     keys=_KEYS,
     fixed=_FIXED | {"qkv_bias": False, "out_bias": False},
@@ -158,7 +161,7 @@ def _write_qwen(model: ModelConfig) -> Json:
 
 QWEN2 = Family(
     model_type="qwen2",
-    architectures=_architectures("Qwen2"),
+    architectures=architectures("Qwen2"),
     prefix="model.",
     keys=_KEYS,
     fixed=_FIXED | {"qkv_bias": True, "out_bias": False},
@@ -171,7 +174,7 @@ QWEN2 = Family(
 
 QWEN3 = Family(
     model_type="qwen3",
-    architectures=_architectures("Qwen3"),
+    architectures=architectures("Qwen3"),
     prefix="model.",
     keys=_KEYS,
     fixed=_FIXED | {"qk_norm": True},

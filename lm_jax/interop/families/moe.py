@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
-from lm_jax.interop.families.llama import MISTRAL, QWEN3
+from lm_jax.interop.families.llama import MISTRAL, QWEN3, architectures
 from lm_jax.interop.family import Family, Json, Weight, linear
 
 _MOST_TENSORS = 100_000  # layers x experts: several times those of any model there is
@@ -50,7 +50,7 @@ def _with_experts(dense: Family, place: str, names: dict[str, str]) -> Callable:
 MIXTRAL = dataclasses.replace(
     MISTRAL,
     model_type="mixtral",
-    architectures={"MixtralForCausalLM": "linear", "MixtralModel": "none"},
+    architectures=architectures("Mixtral"),
     defaults=MISTRAL.defaults
     | {"sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8}
     | {"num_local_experts": 8, "num_experts_per_tok": 2},
@@ -89,7 +89,7 @@ def _write_qwen3(model: ModelConfig) -> Json:
 QWEN3_MOE = dataclasses.replace(
     QWEN3,
     model_type="qwen3_moe",
-    architectures={"Qwen3MoeForCausalLM": "linear", "Qwen3MoeModel": "none"},
+    architectures=architectures("Qwen3Moe"),
     keys={theirs: ours for theirs, ours in QWEN3.keys.items() if ours != "mlp_width"},
     defaults={k: v for k, v in QWEN3.defaults.items() if k != "head_dim"}
     | {"num_key_value_heads": 4, "sliding_window": 4096, "norm_topk_prob": False}
