@@ -58,14 +58,19 @@ def encode_example(
     return pairs_P3, whole
 
 
-def text_to_classify(text: str, tokenizer: Tokenizer, longest: int) -> tuple[np.ndarray, bool]:
-    """A text by itself, at most `longest` tokens, and whether it is the whole text.
+def with_ends_to_classify(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """As `with_ends`; of a published tokenizer it is what its post-processor says, since that is
+    what published classifiers have learned from."""
+    return tokenizer.frame(ids) if tokenizer.kind == "huggingface" else with_ends(tokenizer, ids)
 
-    Around it is what the tokenizer says (`Tokenizer.frame`), as in Transformers, which classifiers
-    come from and go to. Where that is nothing and the text is empty, it is what begins a text.
+
+def text_to_classify(text: str, tokenizer: Tokenizer, longest: int) -> tuple[np.ndarray, bool]:
+    """A text with what goes around it, at most `longest` tokens, and whether it is the whole text.
+
+    An empty text around which nothing goes is what begins a text.
     """
-    ids, ends = tokenizer.encode(text), len(tokenizer.frame(np.zeros(0, np.int32)))
-    framed = tokenizer.frame(ids[: longest - ends])
+    ids, ends = tokenizer.encode(text), len(with_ends_to_classify(tokenizer, np.zeros(0, np.int32)))
+    framed = with_ends_to_classify(tokenizer, ids[: longest - ends])
     if not len(framed) and tokenizer.begin_id is not None:
         framed = np.array([tokenizer.begin_id], np.int32)
     return framed, len(ids) <= longest - ends

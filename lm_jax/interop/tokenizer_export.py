@@ -23,7 +23,12 @@ _NORMAL, _UNUSED, _BYTE = 1, 5, 6  # types of its pieces
 
 
 def write_huggingface_tokenizer(
-    tokenizer: Tokenizer, folder: str | Path, model_max_length: int | None = None
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    model_max_length: int | None = None,
+    *,
+    whole_texts: bool = False,
+    pad_id: int | None = None,
 ) -> list[str]:
     """Writes what `AutoTokenizer.from_pretrained(folder)` needs to encode exactly alike.
 
@@ -36,6 +41,8 @@ def write_huggingface_tokenizer(
       folder: the model's; its config.json, if it is to have one, must be there already, because
         Transformers may choose by it how a tokenizer is read.
       model_max_length: the longest sequence of the model, in tokens; None: as published, if it was.
+      whole_texts: of a tokenizer of ours, eos goes after each text, as classifiers have it.
+      pad_id: the special token to fill rows with; None: the tokenizer's.
 
     Returns:
       The names of the files.
@@ -48,10 +55,12 @@ def write_huggingface_tokenizer(
     if isinstance(tokenizer, HuggingFaceTokenizer):
         definition, files = tokenizer.definition, dict(tokenizer.companions)
     else:
-        definition, files = _definition(tokenizer), {}
+        definition, files = _definition(tokenizer, whole_texts), {}
     config = json.loads(files.get(CONFIG, b"{}")) or _names(tokenizer)
     if model_max_length is not None:
         config["model_max_length"] = model_max_length
+    if pad_id is not None:
+        config["pad_token"] = tokenizer.specials[pad_id]
     files[FILE] = definition.encode()
     files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     try:
@@ -99,7 +108,7 @@ def _names(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"tokenizer_class": _BACKEND, **names, "clean_up_tokenization_spaces": False}
 
 
-def _definition(tokenizer: Tokenizer) -> str:
+def _definition(tokenizer: Tokenizer, whole_texts: bool) -> str:
     """tokenizer.json of a tokenizer of ours, or of a SentencePiece model like ours."""
     from tokenizers import AddedToken, processors
 
@@ -116,6 +125,8 @@ def _definition(tokenizer: Tokenizer) -> str:
     ends = [tokenizer.bos_id] if tokenizer.bos_before_text else []
     if ends and tokenizer.mask_id is not None:
         ends.append(tokenizer.eos_id)
+    if whole_texts and tokenizer.eos_id is not None:  # which begins a text where there is no bos
+        ends = [tokenizer.begin_id, tokenizer.eos_id]
     front, back = ([f"{tokenizer.specials[i]}:0" for i in part] for part in (ends[:1], ends[1:]))
     first = [*front, "$A:0", *back]
     # Of two texts, each has its own bos, as Llama's, or all of one row, as BERT's.
@@ -123,7 +134,7 @@ def _definition(tokenizer: Tokenizer) -> str:
     pipeline.post_processor = processors.TemplateProcessing(
         single=" ".join(first),
         pair=" ".join([*first, *(part.replace(":0", ":1") for part in second)]),
-        special_tokens=[(tokenizer.specials[i], i) for i in ends],
+        special_tokens=[(tokenizer.specials[i], i) for i in dict.fromkeys(ends)],
     )
     return pipeline.to_str()
 

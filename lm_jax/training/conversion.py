@@ -61,7 +61,7 @@ def to_huggingface(
     if family is not None:
         config = dataclasses.replace(config, family=family)
     ids = _token_ids(tokenizer)
-    if config.head == "classify":
+    if classify := config.head == "classify":
         _check_classifier(config, loaded.config.data)
         if config.causal:
             ids["pad_token_id"] = weights.padding_of(tokenizer)
@@ -78,7 +78,13 @@ def to_huggingface(
     missing = None
     if jax.process_index() == 0:
         try:
-            write_huggingface_tokenizer(tokenizer, output, config.max_length)
+            write_huggingface_tokenizer(
+                tokenizer,
+                output,
+                config.max_length,
+                whole_texts=classify,
+                pad_id=ids["pad_token_id"] if classify and config.causal else None,
+            )
         except UserError as e:
             missing = str(e)
     return chosen.model_type, missing

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from lm_jax import paths
 from lm_jax.config import NOT_OF_THE_WEIGHTS, Config, ModelConfig, TokenizerConfig, walk
+from lm_jax.data.encoding import with_ends_to_classify
 from lm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.interop import pretrained
@@ -290,16 +291,17 @@ def settings_of(source: Source) -> tuple[Config, Tokenizer]:
 
 
 def _end_of(tokenizer: Tokenizer) -> int | None:
-    """The id that the tokenizer puts behind a text, the last of several; None if it puts none."""
-    framed = tokenizer.frame(np.array([-1], np.int32)).tolist()
+    """The id that stands behind a text to classify, the last of several; None if there is none."""
+    framed = with_ends_to_classify(tokenizer, np.array([-1], np.int32)).tolist()
     return framed[-1] if framed[-1] >= 0 else None
 
 
 def padding_of(tokenizer: Tokenizer) -> int | None:
-    """An id that never ends a text, so that the last of all others is a text's last token, which is
-    how Transformers finds it in a row; None if there is none."""
-    pad = tokenizer.pad_id
-    return pad if pad in tokenizer.specials and pad != _end_of(tokenizer) else None
+    """An id that never ends a text to classify, so that the last of all others is its last token,
+    which is how Transformers finds it in a row; None if there is none."""
+    unfit = (None, _end_of(tokenizer))
+    fit = (tokenizer.pad_id, tokenizer.bos_id)
+    return next((i for i in fit if i in tokenizer.specials and i not in unfit), None)
 
 
 # What adapters belong to.

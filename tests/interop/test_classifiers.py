@@ -198,8 +198,9 @@ def told(folder: pathlib.Path, texts: list[str]) -> np.ndarray:
     """What users of Transformers get, a text at a time and all of them padded together."""
     model, tokenizer = read_again(folder), hf.AutoTokenizer.from_pretrained(folder)
     alone = probabilities(model, [tokenizer(text).input_ids for text in texts])
-    if tokenizer.pad_token is None:  # as GPT-2's users do
+    if tokenizer.pad_token is None:  # as users of a published GPT-2 do
         tokenizer.pad_token = tokenizer.eos_token
+    assert tokenizer.pad_token_id == model.config.pad_token_id
     with torch.no_grad():
         batch = tokenizer(texts, return_tensors="pt", padding=True)
         together = model(**batch).logits.softmax(-1).numpy()
@@ -300,7 +301,7 @@ def test_a_causal_classifier_of_our_own_and_its_padding(tmp_path):
     np.testing.assert_allclose(ours(tmp_path / "out", ROWS), got, atol=1e-5)
     # Where each id is that of a character, none can be padding: Transformers takes one row then.
     assert weights.padding_of(LETTERS) is None
-    assert weights.padding_of(BytesTokenizer()) == 257
+    assert weights.padding_of(BytesTokenizer()) == 256  # the other one ends a text
 
 
 def test_padding_that_ends_each_text_is_refused(tmp_path, folders):
