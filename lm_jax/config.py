@@ -7,14 +7,11 @@ file imports nothing heavy, so that `--help` stays fast.
 
 import dataclasses
 import difflib
-import json
 import math
 import types
 import typing
 from collections.abc import Iterator
 from typing import Any
-
-from lm_jax.errors import UserError
 
 field = dataclasses.field
 
@@ -104,9 +101,10 @@ class ModelConfig:
     attention_softcap: float = 0.0  # scores become cap * tanh(score / cap), as Gemma 2; 0: none
     logits_softcap: float = 0.0
     # masked_lm: a dense layer, the activation and a norm before the logits, and a bias, as BERT;
-    # classify: scores of `labels` classes, after the pooler if there is one; none: the model ends
+    # classify: scores of `labels` classes, after the pooler if there is one; span: two scores of a
+    # token, as the first and as the last of an answer; none: the model ends
     # with its hidden states.
-    head: str = choice("linear", "masked_lm", "classify", "none")
+    head: str = choice("linear", "masked_lm", "classify", "span", "none")
     labels: int = 0  # classes of a head 'classify'; set from data.labels
     tied_head: bool = True  # the head shares the token embedding
     pooler: bool = False  # a dense layer and tanh on the first token, as BERT
@@ -144,7 +142,17 @@ class TokenizerConfig:
 
 
 # Objectives whose data are examples, records with fields, and not running text.
-OF_EXAMPLES = ("complete", "chat", "classify")
+OF_EXAMPLES = ("complete", "chat", "classify", "extract")
+# Applications -> objectives of the models that can do them.
+OBJECTIVES_OF = {
+    "translate": ("complete", "chat"),
+    "sentiment": ("classify",),
+    "summarize": ("complete", "chat"),
+    "answer": ("complete", "chat", "extract"),
+    "instruct": ("complete", "chat"),
+}
+# Heads that score no vocabulary, which are drawn anew where a model was trained for another end.
+OWN_HEADS = {"classify": "classify", "extract": "span"}  # of objectives
 LEAST_MASKED_LENGTH = 3  # tokens of a row: [CLS], one that can be masked, [SEP]
 
 
@@ -168,14 +176,21 @@ class DataConfig:
     attend_across_documents: bool = False
     # What is predicted: the next token; tokens that were masked (BERT, Devlin et al. 2018); or of
     # examples, whose fields fill the templates below, the target alone (complete), what the
-    # assistant says (chat), or the class of a text (classify).
-    objective: str = choice("next_token", "masked", "complete", "chat", "classify")
+    # assistant says (chat), the class of a text (classify), or where an answer stands in a text
+    # (extract).
+    objective: str = choice("next_token", "masked", "complete", "chat", "classify", "extract")
     # What is given, such as 'Question: {question} Answer:'. chat: what the user says; without a
     # target, '{messages}', the field of a whole conversation.
     prompt: str = ""
-    # What is to be told: complete and chat, as '{answer}'; classify, the label, by name or number.
+    # What is to be told: complete, chat and extract, as '{answer}'; classify, the label, by name or
+    # number.
     # A field may hold several right answers; the first is learned.
     target: str = ""
+    context: str = ""  # extract: the text that the answer is a part of, as '{context}'
+    # extract: the field that says at which characters of the context the answers begin; '': their
+    # first place in it.
+    answer_starts: str = ""
+    stride: int = 128  # extract: tokens that two windows of a long context share
     labels: tuple[str, ...] = ()  # classify: the names of the classes; label 0 is the first
     # classify: the token whose state tells the class; None: the first, of a causal model the last.
     label_token: str | None = field(default=None, metadata={"choices": (None, "first", "last")})
@@ -328,48 +343,6 @@ def nearest_key(key: str) -> str | None:
         key.rpartition(".")[2], [k.rpartition(".")[2] for k in keys], n=1, cutoff=0.75
     )
     return next((k for k in keys if leaf and k.rpartition(".")[2] == leaf[0]), None)
-
-
-def to_json(config: Config) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_json(text: str, where: str = "config.json") -> Config:
-    """The config that `to_json` wrote.
-
-    Raises:
-      UserError: the text is no JSON, or names a key that this version does not have.
-    """
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where}:{e.lineno}: not JSON: {e.msg}") from None
-    return _from_dict(Config, values, where, "")
-
-
-def _from_dict(kind: type, values: Any, where: str, prefix: str) -> Any:
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: '{prefix.rstrip('.')}' must be a section, not {values!r}")
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    out = kind()
-    for name, value in values.items():
-        if name not in known:
-            hint = nearest_key(prefix + name)
-            raise UserError(
-                f"{where}: no config key '{prefix}{name}'"
-                + (f"; did you mean '{hint}'?" if hint else "")
-            )
-        current = getattr(out, name)
-        if dataclasses.is_dataclass(current):
-            value = _from_dict(type(current), value, where, f"{prefix}{name}.")
-        else:
-            value = tuple(value) if isinstance(value, list) else value
-            wanted = known[name].type
-            if not fits(value, wanted):
-                wanted = wanted.__name__ if isinstance(wanted, type) else wanted
-                raise UserError(f"{where}: '{prefix}{name}' must be {wanted}, not {value!r}")
-        setattr(out, name, value)
-    return out
 
 
 def fits(value: Any, kind: Any) -> bool:

@@ -99,7 +99,7 @@ def model_checks(model: ModelConfig) -> Iterator[Check]:
     )
     yield from _prefix_checks(model)
     yield (
-        model.head not in ("none", "classify") or model.tied_head,
+        model.head not in ("none", "classify", "span") or model.tied_head,
         "model.tied_head",
         "a model without a head for its vocabulary has none of its own: leave it True",
     )
@@ -107,6 +107,11 @@ def model_checks(model: ModelConfig) -> Iterator[Check]:
         (model.labels >= 2) if model.head == "classify" else model.labels == 0,
         "model.labels",
         f"a head 'classify' has two classes or more, any other none, not {model.labels}",
+    )
+    yield (
+        model.head != "span" or not model.causal,
+        "model.causal",
+        "must be False for a head 'span': an answer is found by what stands on both sides of it",
     )
     yield 0 <= model.dropout < 1, "model.dropout", f"must be in [0, 1), not {model.dropout}"
     above_0 = "norm_epsilon init_std rope_theta rope_scaling.factor rope_scaling.original_length"

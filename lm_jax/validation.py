@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from lm_jax.config import LEAST_MASKED_LENGTH, OF_EXAMPLES, Config, walk
+from lm_jax.config import LEAST_MASKED_LENGTH, OBJECTIVES_OF, OF_EXAMPLES, Config, walk
 from lm_jax.errors import UserError
 from lm_jax.model_validation import Check, derive_model, mistakes, model_checks
 from lm_jax.template import Template
@@ -228,6 +228,7 @@ def _checks(config: Config) -> Iterator[Check]:
     )
 
 
+_LEAST_WINDOW = 32  # tokens
 # Objective -> the head that it trains, and whether the model must be causal; None: either way.
 _NEEDS = {
     "next_token": ("linear", True),
@@ -235,6 +236,7 @@ _NEEDS = {
     "chat": ("linear", True),
     "masked": ("masked_lm", False),
     "classify": ("classify", None),
+    "extract": ("span", False),
 }
 
 
@@ -245,14 +247,20 @@ def _check_objective(config: Config) -> Iterator[Check]:
     if config.init_from:  # the model is given: it is the objective that can be changed
         fits = "next_token', 'complete' or 'chat" if model.causal else "masked"
         yield (
-            model.head in ("linear", "masked_lm", "classify"),
+            model.head != "none",
             "init_from",
             f"its model has no head that a loss could be computed of (model.head = '{model.head}'):"
             " take one with its language-model head; this one gives vectors (lm_jax.embed), and can"
-            " learn to classify",
+            " learn to classify, and to extract answers",
         )
         if model.head in ("linear", "masked_lm"):
             yield (model.head == head, "data.objective", f"must be '{fits}' for this model")
+        else:
+            yield (
+                model.head == head,
+                "data.objective",
+                f"'{objective}' does not fit a model with a head '{model.head}'",
+            )
         return
     yield (
         causal in (None, model.causal),
@@ -292,7 +300,15 @@ def _check_examples(config: Config) -> Iterator[Check]:
                 "without data.target it names the field of a conversation, as in '{messages}', and"
                 f" nothing else, not {text!r}",
             )
-    classify = data.objective == "classify"
+    classify, extract = data.objective == "classify", data.objective == "extract"
+    if extract:
+        yield from _check_windows(config)
+    for key in ("context", "answer_starts"):
+        yield (
+            extract or not getattr(data, key),
+            f"data.{key}",
+            f"objective '{data.objective}' has none: leave it out",
+        )
     yield (
         classify or not data.labels,
         "data.labels",
@@ -316,6 +332,13 @@ def _check_examples(config: Config) -> Iterator[Check]:
         "data.attend_across_documents",
         "examples have nothing to do with one another: leave it False",
     )
+    if classify or extract:
+        yield (
+            not model.lora.rank,
+            "model.lora.rank",
+            "adapters alone cannot learn this, as the head has to learn as well: set it to 0, and"
+            " name what is to stay in optimizer.freeze",
+        )
     if classify:
         yield (
             len(data.labels) >= 2 and len(set(data.labels)) == len(data.labels),
@@ -328,21 +351,41 @@ def _check_examples(config: Config) -> Iterator[Check]:
             f"{model.labels} classes, but data.labels names {len(data.labels)}",
         )
         yield (
-            not model.lora.rank,
-            "model.lora.rank",
-            "adapters alone cannot learn to classify, as the head has to learn as well: set it to"
-            " 0, and name what is to stay in optimizer.freeze",
-        )
-        yield (
             not model.causal or data.label_token == "last",
             "data.label_token",
             "of a causal model only the last token has seen the text: 'last'",
         )
 
 
+def _check_windows(config: Config) -> Iterator[Check]:
+    """What a context that holds an answer needs."""
+    data = config.data
+    try:
+        fields = Template(data.context, "data.context").fields
+        wanted = "which field of a record holds the answer's text, as in '{context}'"
+        yield bool(fields), "data.context", f"say {wanted}, not {data.context!r}"
+    except UserError as e:
+        yield False, "data.context", str(e).removeprefix("data.context: ")
+    yield (
+        data.length >= _LEAST_WINDOW,
+        "data.length",
+        f"a question and a part of its context need {_LEAST_WINDOW} tokens, not {data.length}",
+    )
+    yield (
+        0 <= data.stride <= data.length // 2,
+        "data.stride",
+        f"must be from 0 to half of data.length = {data.length}, not {data.stride}",
+    )
+    yield (
+        config.mesh.sequence == 1,
+        "mesh.sequence",
+        f"windows stay whole where answers are looked for: must be 1, not {config.mesh.sequence}",
+    )
+
+
 def _check_task(config: Config) -> Iterator[Check]:
     task, objective = config.task, config.data.objective
-    wanted = ("classify",) if task.name == "sentiment" else ("complete", "chat")
+    wanted = OBJECTIVES_OF.get(task.name, ())
     yield (
         task.name == "none" or objective in wanted,
         "task.name",

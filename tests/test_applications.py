@@ -54,11 +54,11 @@ def _examples(name, count):
     ]
 
 
-def recipe(name, **overrides):
+def recipe(name, variant="tiny", **overrides):
     spec = importlib.util.spec_from_file_location(name, commands.ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config("tiny")
+    config = module.get_config(variant)
     config.logging.tensorboard = False
     config.tokenizer.vocab_size = 300
     for key, value in overrides.items():
@@ -85,13 +85,16 @@ def written(folder, name, count=120):
         ("sentiment", 30, "accuracy", 95.0),
         ("summarize", 40, "rougeL", 60.0),
         ("answer", 40, "f1", 30.0),
+        ("answer:extract_tiny", 60, "f1", 95.0),
         ("instruct", 30, "rougeL", 90.0),
     ],
 )
 def test_a_recipe_learns_and_is_scored(name, steps, metric, least, tmp_path, capsys):
+    name, _, variant = name.partition(":")
     source, workdir = written(tmp_path, name), str(tmp_path / "run")
     config = recipe(
         name,
+        variant or "tiny",
         data__sources=(source,),
         data__validation_fraction=0.2,
         training__steps=steps,

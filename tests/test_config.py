@@ -9,7 +9,8 @@ import typing
 import pytest
 
 import lm_jax
-from lm_jax.config import Config, differences, from_json, nearest_key, to_json, walk
+from lm_jax.config import Config, differences, nearest_key, walk
+from lm_jax.config_json import from_json, to_json
 from lm_jax.errors import UserError
 from lm_jax.model.transformer import ACTIVATIONS, REMAT_POLICIES
 from lm_jax.sharding.mesh import AXES

@@ -65,6 +65,7 @@ APPLICATIONS = [
         for r in ("summarize", "answer", "instruct")
         for v in ("published", "scratch", "tiny")
     ),
+    *(("answer", v) for v in ("extract", "extract_tiny")),
 ]
 VARIANTS = [*PUBLISHED, *NAMED, *APPLICATIONS]
 

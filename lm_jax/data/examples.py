@@ -19,6 +19,8 @@ class Example:
       prompt: what is given; of objective 'classify' the text.
       targets: right answers, of which the first is learned; the name of the class.
       label: of objective 'classify', the number of the class.
+      context: of objective 'extract', the text that the targets are parts of.
+      start: of objective 'extract', the character of `context` at which the first target begins.
       messages: of objective 'chat', the conversation, {'role': ..., 'content': ...} each; the last
         is the assistant's.
     """
@@ -27,10 +29,14 @@ class Example:
     targets: tuple[str, ...]
     label: int = 0
     messages: tuple[dict[str, str], ...] = ()
+    context: str = ""
+    start: int = 0
 
     @property
     def text(self) -> str:
         """All of it that a tokenizer can learn from."""
+        if self.context:  # the answer is a part of it
+            return f"{self.context}\n{self.prompt}"
         return "\n".join((self.prompt, *self.targets[:1]))
 
 
@@ -41,6 +47,8 @@ def fields_of(config: DataConfig) -> list[str]:
     """The fields that examples are made of."""
     found = Template(config.prompt, "data.prompt").fields
     found += Template(config.target, "data.target").fields
+    found += Template(config.context, "data.context").fields
+    found += [config.answer_starts] if config.answer_starts else []
     return list(dict.fromkeys(found))
 
 
@@ -55,6 +63,8 @@ class Examples(Sequence):
         self.records, self.objective, self.labels = records, config.objective, config.labels
         self.prompt = Template(config.prompt, "data.prompt")
         self.target = Template(config.target, "data.target")
+        self.context = Template(config.context, "data.context")
+        self.starts = config.answer_starts
         if records.fields is not None:
             for name in fields_of(config):
                 if name not in records.fields:
@@ -72,8 +82,12 @@ class Examples(Sequence):
         if self.objective == "chat" and not self.target.parts:
             return self._conversation(record, i)
         try:
-            prompt = self.prompt.fill({name: _text(record, name) for name in self.prompt.fields})
+            prompt = self._fill(self.prompt, record)
             targets = self._targets(record)
+            if self.objective == "extract":
+                context = self._fill(self.context, record)
+                start = self._start(record, context, targets[0])
+                return Example(prompt, targets, context=context, start=start)
             label = self._label(targets[0]) if self.objective == "classify" else 0
         except KeyError as e:
             return self._bad(i, self._missing(e.args[0], list(record)))
@@ -101,8 +115,7 @@ class Examples(Sequence):
     def _targets(self, record: Record) -> tuple[str, ...]:
         several = [name for name in self.target.fields if isinstance(record[name], list)]
         if not several:
-            values = {name: _text(record, name) for name in self.target.fields}
-            return (self.target.fill(values),)
+            return (self._fill(self.target, record),)
         if len(several) > 1:
             raise ValueError(f"'{several[0]}' and '{several[1]}' are both lists: one may be")
         if not record[several[0]]:
@@ -110,8 +123,32 @@ class Examples(Sequence):
         found = []
         for n in range(len(record[several[0]])):
             one = record | {several[0]: record[several[0]][n]}
-            found.append(self.target.fill({name: _text(one, name) for name in self.target.fields}))
+            found.append(self._fill(self.target, one))
         return tuple(dict.fromkeys(found))
+
+    def _fill(self, template: Template, record: Record) -> str:
+        return template.fill({name: _text(record, name) for name in template.fields})
+
+    def _start(self, record: Record, context: str, answer: str) -> int:
+        """The character of `context` at which `answer` begins."""
+        if not answer:
+            raise ValueError("the answer is empty: it has no place in the context")
+        if not self.starts:
+            if (start := context.find(answer)) < 0:
+                raise ValueError(f"the answer {answer[:80]!r} is no part of the context")
+            return start
+        starts = record[self.starts]
+        start = starts[0] if isinstance(starts, list) and starts else starts
+        if isinstance(start, bool) or not isinstance(start, int):
+            raise ValueError(f"'{self.starts}' must be a number or several, not {kind(start)}")
+        if start < 0 or not context.startswith(answer, start):
+            there = context[max(start, 0) : max(start, 0) + len(answer)][:80]
+            raise ValueError(
+                f"at character {start} of the context stands {there!r} and not the answer"
+                f" {answer[:80]!r}: check '{self.starts}', or set data.answer_starts='' to have the"
+                " answer looked for"
+            )
+        return start
 
     def _label(self, value: str) -> int:
         if value in self.labels:

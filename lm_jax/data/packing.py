@@ -27,6 +27,7 @@ import numpy as np
 from lm_jax.config import DataConfig
 from lm_jax.data.encoding import encode_example, with_ends
 from lm_jax.data.examples import Example
+from lm_jax.data.spans import windows
 from lm_jax.data.tokenizer_base import Tokenizer
 from lm_jax.errors import UserError
 
@@ -54,7 +55,7 @@ def as_pairs(tokens: np.ndarray, ahead: int) -> np.ndarray:
 class Encode(grain.experimental.FlatMapTransform):
     """A document to its pieces {'pairs': int32 [P, 2]}, P at most `longest` where that is given.
 
-    An example is one piece {'pairs': int32 [P, 3]}.
+    An example is one piece {'pairs': int32 [P, 3]}, or one for each window of its context.
 
     Raises:
       UserError: as many documents in a row as the corpus holds have not a single target.
@@ -73,7 +74,7 @@ class Encode(grain.experimental.FlatMapTransform):
 
     def flat_map(self, element: str | Example) -> list[Row]:
         if isinstance(element, Example):
-            pieces = [self._example(element)] if element.targets else []
+            pieces = self._example(element) if element.targets else []
         else:
             ids = self.tokenizer.encode(element) if element else np.zeros(0, np.int32)
             pieces = self._pieces(ids) if len(ids) else []
@@ -86,14 +87,17 @@ class Encode(grain.experimental.FlatMapTransform):
             )
         return [{PAIRS: pairs_P2} for pairs_P2 in pieces]
 
-    def _example(self, example: Example) -> np.ndarray:
+    def _example(self, example: Example) -> list[np.ndarray]:
+        if self.config.objective == "extract":
+            found = windows(example, self.tokenizer, self.config)
+            return [window.pairs(example) for window in found]
         pairs_P3, whole = encode_example(example, self.tokenizer, self.config)
         if not whole:
             _say_once(
                 f"note: an example is longer than data.length = {self.config.length}: it is"
                 " shortened, as are others like it (said once)"
             )
-        return pairs_P3
+        return [pairs_P3]
 
     def _pieces(self, ids: np.ndarray) -> list[np.ndarray]:
         if self.own_ends:

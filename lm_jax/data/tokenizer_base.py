@@ -113,6 +113,38 @@ class Tokenizer(abc.ABC):
         back = [self.eos_id] if front and self.mask_id is not None else []
         return np.array([*front, *ids, *back], np.int32)
 
+    def frame_pair(self, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, int]:
+        """The ids of two texts that belong together with what goes around them, int32[n], and the
+        place in it of the first id of `second`.
+
+        Of a published tokenizer it is what its post-processor says; of ours eos behind each.
+        """
+        front = [] if self.begin_id is None else [self.begin_id]
+        back = [] if self.eos_id is None else [self.eos_id]
+        ids = np.array([*front, *first, *back, *second, *back], np.int32)
+        return ids, len(front) + len(first) + len(back)
+
+    def locate(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """`encode`, and from which character to which each id stands for: int32[n], int32[n, 2].
+
+        Raises:
+          UserError: as `encode`; or that cannot be told.
+        """
+        ids = self.encode(text)
+        data = utf8(text)
+        ends_n = np.cumsum(self.byte_lengths[ids]) - self.prefix_bytes
+        if len(ids) and ends_n[-1] != len(data):
+            raise UserError(
+                f"this tokenizer ({self.kind}) rewrites the text, so that no answer can be found"
+                f" again in it: {text[:40]!r} ..."
+            )
+        # The character that each byte belongs to; one past the end for the end.
+        character = np.cumsum([(b & 0xC0) != 0x80 for b in data]) - 1
+        starts_n = np.concatenate([[0], ends_n[:-1]]).clip(0)
+        first_n = character[np.minimum(starts_n, len(data) - 1)] if len(ids) else starts_n[:0]
+        last_n = character[np.clip(ends_n - 1, 0, None)] + 1 if len(ids) else first_n
+        return ids, np.stack([first_n, np.maximum(first_n, last_n)], axis=1).astype(np.int32)
+
     @property
     def stop_ids(self) -> frozenset[int]:
         """The ids that end what is generated."""

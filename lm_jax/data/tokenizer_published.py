@@ -54,7 +54,8 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # as text; the name reads otherwise
-        self._around = front, _ = _around(json.loads(definition).get("post_processor"))
+        self._processor = json.loads(definition).get("post_processor")
+        self._around = front, _ = _around(self._processor)
         if len(front) > 1:
             raise UserError(
                 f"its post-processor puts {len(front)} tokens in front of a text, and lm_jax puts"
@@ -137,6 +138,18 @@ class HuggingFaceTokenizer(Tokenizer):
     def frame(self, ids: np.ndarray) -> np.ndarray:
         front, back = self._around
         return np.array([*front, *ids, *back], np.int32)
+
+    def frame_pair(self, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, int]:
+        front, between, back = _around_pair(self._processor)
+        if not between:  # nothing would tell where the second begins
+            return super().frame_pair(first, second)
+        ids = np.array([*front, *first, *between, *second, *back], np.int32)
+        return ids, len(front) + len(first) + len(between)
+
+    def locate(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        utf8(text)
+        found = self._hf.encode(text, add_special_tokens=False)
+        return np.asarray(found.ids, np.int32), np.asarray(found.offsets, np.int32).reshape(-1, 2)
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -283,6 +296,29 @@ def _around(processor: dict[str, Any] | None) -> tuple[list[int], list[int]]:
         else:
             part += processor["special_tokens"][item["SpecialToken"]["id"]]["ids"]
     return front, back
+
+
+def _around_pair(processor: dict[str, Any] | None) -> tuple[list[int], list[int], list[int]]:
+    """The ids that a post-processor puts in front of two texts, between them, and behind."""
+    parts: tuple[list[int], list[int], list[int]] = [], [], []
+    if processor is None or processor["type"] == "ByteLevel":
+        return parts
+    if processor["type"] == "Sequence":
+        for step in processor["processors"]:
+            front, between, back = _around_pair(step)
+            parts = front + parts[0], parts[1] + between, parts[2] + back
+        return parts
+    if processor["type"] in ("BertProcessing", "RobertaProcessing"):
+        sep = processor["sep"][1]
+        twice = processor["type"] == "RobertaProcessing"
+        return [processor["cls"][1]], [sep] * (1 + twice), [sep]
+    place = 0  # TemplateProcessing
+    for item in processor["pair"]:
+        if "Sequence" in item:
+            place += 1
+        else:
+            parts[place].extend(processor["special_tokens"][item["SpecialToken"]["id"]]["ids"])
+    return parts
 
 
 def _decoder(decoder: Any) -> tuple[Callable[[str, bool], bytes] | None, int]:

@@ -15,6 +15,7 @@ from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.evaluation.classes import confusion
 from lm_jax.evaluation.classifier import classify
+from lm_jax.evaluation.extractor import extract
 from lm_jax.evaluation.metrics import Score, check_names, score
 from lm_jax.generation.decoding import Generator
 from lm_jax.generation.sampling import Sampling
@@ -135,15 +136,14 @@ def run_task(
         raise UserError("there are no examples to evaluate")
     there = {r["index"]: r for r in known}
     waiting = [(i, e) for i, e in asked if i not in there]
-    answer = _classes if data.objective == "classify" else _texts
+    answer = {"classify": _classes, "extract": _spans}.get(data.objective, _texts)
     for first in range(0, len(waiting), 16 * batch_size):
         some = waiting[first : first + 16 * batch_size]
         before = len(asked) - len(waiting) + first
         count = (lambda n, before=before: on_done(before + n)) if on_done else None
         found = answer(model, tokenizer, [e for _, e in some], data, task, batch_size, count)
         for (i, example), prediction in zip(some, found):
-            there[i] = {"index": i, "prompt": example.prompt, "references": list(example.targets)}
-            there[i] |= prediction
+            there[i] = {"index": i} | _asked(example) | prediction
             if on_record:
                 on_record(there[i])
     records = [there[i] for i, _ in asked]
@@ -154,6 +154,12 @@ def run_task(
     if data.objective == "classify":
         table = confusion(predictions, [r[0] for r in references], data.labels)
     return Result(scores, records, table)
+
+
+def _asked(example: Example) -> dict[str, Any]:
+    """What a record of a prediction tells of its example."""
+    context = {"context": example.context} if example.context else {}
+    return {"prompt": example.prompt} | context | {"references": list(example.targets)}
 
 
 def _plain(text: str) -> str:
@@ -203,6 +209,23 @@ def _classes(model, tokenizer, examples, data, task, batch_size, on_done) -> lis
     ]
 
 
+def _spans(model, tokenizer, examples, data, task, batch_size, on_done) -> list[dict[str, Any]]:
+    most = task.max_tokens or find_task(task.name).max_tokens
+    found = extract(
+        model,
+        tokenizer,
+        examples,
+        data,
+        max_tokens=most,
+        batch_size=batch_size,
+        on_done=on_done,
+    )
+    return [
+        {"prediction": answer.text, "start": answer.start, "score": round(answer.score, 4)}
+        for answer in found
+    ]
+
+
 def read_records(path: str, examples: Sequence[Example]) -> list[dict[str, Any]]:
     """What an evaluation that was stopped wrote to `path`; a line cut off in the middle is dropped.
 
@@ -215,7 +238,8 @@ def read_records(path: str, examples: Sequence[Example]) -> list[dict[str, Any]]
     for line in paths.read_text(path).splitlines():
         try:
             record = json.loads(line)
-            same = examples[record["index"]].prompt == record["prompt"] and "prediction" in record
+            asked = _asked(examples[record["index"]])
+            same = "prediction" in record and all(record[k] == v for k, v in asked.items())
         except (ValueError, KeyError, TypeError, IndexError):
             continue
         if not same:

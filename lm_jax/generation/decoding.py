@@ -23,6 +23,7 @@ from lm_jax.generation.reading import bucket, by_length, padded, read
 from lm_jax.generation.sampling import Knobs, Sampling, next_tokens, row_keys
 from lm_jax.generation.text import TextStream
 from lm_jax.model.cache import Cache
+from lm_jax.model.head import HEADS_WITHOUT_WORDS
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, reshard, shards
 
@@ -82,8 +83,8 @@ class Generator:
           UserError: the model or its vocabulary cannot be used for this.
         """
         config = model.config
-        if config.head in ("none", "classify"):
-            use = "gives vectors (lm_jax.embed)" if config.head == "none" else "tells classes apart"
+        if config.head in HEADS_WITHOUT_WORDS:
+            use = HEADS_WITHOUT_WORDS[config.head]
             raise UserError(f"model.head = '{config.head}': this model {use} and continues no text")
         if not config.causal:
             raise UserError(

@@ -13,6 +13,7 @@ import numpy as np
 
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
+from lm_jax.model.head import HEADS_WITHOUT_WORDS
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, dividing, reshard, shards
 
@@ -56,10 +57,9 @@ class Scorer:
           UserError: the model and the tokenizer do not belong together, or the model has no scores.
         """
         config = model.config
-        if config.head == "none":
-            raise UserError(
-                "model.head = 'none': this model gives vectors (lm_jax.embed) and cannot score text"
-            )
+        if config.head in HEADS_WITHOUT_WORDS:
+            use = HEADS_WITHOUT_WORDS[config.head]
+            raise UserError(f"model.head = '{config.head}': this model {use} and cannot score text")
         if tokenizer.least_vocabulary > config.vocab_size:
             raise UserError(
                 f"the tokenizer needs {tokenizer.least_vocabulary} ids, but model.vocab_size ="

@@ -54,7 +54,7 @@ def _mlp_parameters(c: ModelConfig) -> int:
 
 def _head_parameters(c: ModelConfig) -> int:
     dense = c.width**2 * (c.head == "masked_lm")
-    outputs = {"none": 0, "classify": c.labels}.get(c.head, c.vocab_size)
+    outputs = {"none": 0, "classify": c.labels, "span": 2}.get(c.head, c.vocab_size)
     return c.width * outputs + dense
 
 

@@ -13,6 +13,13 @@ from lm_jax.model.projection import project
 from lm_jax.sharding.gather import gather, gradient_spec
 from lm_jax.sharding.mesh import activation_spec, dividing, names_in, platform, reshard, shards
 
+# What a model does whose head knows no vocabulary.
+HEADS_WITHOUT_WORDS = {
+    "none": "gives vectors (lm_jax.embed)",
+    "classify": "tells classes apart",
+    "span": "finds answers in a text",
+}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +78,16 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class ClassHead:
-    """Scores of a few classes, which are never split."""
+    """Scores of a few classes, or of a token as an answer's first and last; never split."""
 
     weight: nnx.Param  # [D, V]
     bias: nnx.Param | None  # [V]
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]."""
-        axes = "batch", dividing("length", x_BTD.shape[1]), "features"
-        return project(x_BTD, self.weight, self.bias, *axes).astype(jnp.float32)
+        axes = "batch", dividing("length", x_BTD.shape[1])
+        x_BTD = reshard(x_BTD, activation_spec(*axes, "embed"))
+        return project(x_BTD, self.weight, self.bias, *axes, "features").astype(jnp.float32)
 
 
 @jax.custom_vjp

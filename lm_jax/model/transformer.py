@@ -107,9 +107,11 @@ class Transformer(nnx.Module):
     def _head(self, key: jax.Array) -> tuple[nnx.Param | None, nnx.Param | None]:
         """Bias and weight of what is not the embedding's."""
         c = self.config
-        if c.head == "classify":  # without a bias where Transformers' classifiers have none
-            bias = None if c.causal else constant(0.0, (c.labels,), "norm")
-            return bias, normal(key, (c.width, c.labels), c.init_std, "embed", "features")
+        if c.head in ("classify", "span"):
+            scores = c.labels if c.head == "classify" else 2
+            # Without a bias where Transformers' classifiers have none.
+            bias = None if c.causal else constant(0.0, (scores,), "norm")
+            return bias, normal(key, (c.width, scores), c.init_std, "embed", "features")
         bias = constant(0.0, (c.vocab_size,), "vocab") if c.head == "masked_lm" else None
         if c.tied_head or c.head == "none":
             return bias, None
@@ -344,7 +346,7 @@ class Transformer(nnx.Module):
             raise UserError(
                 "model.head = 'none': this model gives vectors (lm_jax.embed) and no scores"
             )
-        if self.config.head == "classify":
+        if self.config.head in ("classify", "span"):
             return ClassHead(self.head, self.head_bias)
         weight_DV = self.embedding.get_value().T if self.head is None else self.head.get_value()
         bias = None if self.head_bias is None else use(self.head_bias, "float32")
@@ -352,7 +354,7 @@ class Transformer(nnx.Module):
         return Head.of(weight_DV, bias, dtype=c.dtype, softcap=c.logits_softcap, length=length)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """float32 scores [B, T, V], or of the classes, for the hidden states `x_BTD`."""
+        """float32 scores [B, T, V], or what `ClassHead` gives, for the hidden states `x_BTD`."""
         return self.output_head().logits(self.head_input(x_BTD))
 
 

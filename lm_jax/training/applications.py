@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lm_jax.config import OF_EXAMPLES, DataConfig, MeshConfig, TaskConfig
+from lm_jax.config import OBJECTIVES_OF, OF_EXAMPLES, DataConfig, MeshConfig, TaskConfig
 from lm_jax.data.chat import chat_template_of
 from lm_jax.data.sources import documents
 from lm_jax.data.tokenizer import Tokenizer
@@ -115,7 +115,7 @@ def _data(
             data.objective = "chat"
         # The run's own text is nothing to ask about.
         data.sources = data.validation_sources = ()
-    elif (own.objective == "classify") != (kind.objective == "classify"):
+    elif own.objective not in OBJECTIVES_OF[name]:
         raise UserError(f"--task={name}: this model was trained for objective '{own.objective}'")
     data.prompt = data.prompt if prompt is None else prompt
     data.target = data.target if target is None else target

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lm_jax import paths, rendezvous
-from lm_jax.config import Config
+from lm_jax.config import OWN_HEADS, Config
 from lm_jax.data.held_out import validation_batches
 from lm_jax.data.loader import Stream, train_stream
 from lm_jax.data.tokenizer import Tokenizer
@@ -116,8 +116,6 @@ class _Run:
         self.evaluate_step = jax.jit(self.step.evaluate)
         self.parts = batch_block(mesh)[1]
         lengths = byte_lengths(tokenizer, config.model.vocab_size)
-        if config.data.objective == "classify":  # whose targets are no text
-            lengths = np.zeros_like(lengths)
         self.byte_lengths = to_devices(lengths, mesh)
         frozen = trainable.frozen_in_products(
             params_lib.split(self.step.skeleton), self.step.rates, config.model
@@ -351,7 +349,7 @@ class _Run:
         self.evaluated_at = step
         self.metrics.write("validation", step, values)
         parts = [f"validation loss {values['loss']:.4f}"]
-        if self.config.data.objective == "classify":
+        if self.config.data.objective in OWN_HEADS:
             parts.append(f"{values['accuracy']:.1%} right")
         else:
             parts.append(f"perplexity {values['perplexity']:.2f}")

@@ -3,34 +3,19 @@
 B batch, T length, C positions of a chunk, D width, V vocabulary.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from lm_jax.model.head import Head
-from lm_jax.model.moe import RouterSums
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, dividing, reshard, shards
+from lm_jax.training.spans import span_sums, types_of
+from lm_jax.training.sums import LossSums
 
 # Logits that one device holds at a time where the chunk is left to be chosen: 2^27 float32 numbers,
 # 512 MiB, and as much again for their gradient. Each chunk adds to the whole gradient of the head:
 # with a quarter of this, that was a twentieth of the step of a model of 8B on TPUs.
 LOGITS_A_DEVICE = 2**27
-
-
-class LossSums(NamedTuple):
-    """Sums over the positions that count; float32 scalars, but for the routers'."""
-
-    nll: jax.Array  # negative log-likelihood, in nats
-    z: jax.Array  # log(Z)^2
-    weight: jax.Array  # positions
-    right: jax.Array  # positions whose target is the most probable id
-    router: RouterSums | None = None  # over all real tokens; None without experts
-
-    @classmethod
-    def zero(cls) -> "LossSums":
-        return cls(*(jnp.zeros((), jnp.float32),) * 4)
 
 
 def chunk_length(length: int, rows: int, vocab: int, parts: int = 1) -> int:
@@ -124,8 +109,13 @@ def batch_loss(
 
     With `predicted`, int32 [B, S], the head works for these positions of each row alone, and
     `targets` and `weights` are [B, S], theirs.
+
+    Of a model with a head 'span' it is the loss of the answers' places: `lm_jax.training.spans`.
     """
     x_BTD, router = _forward(model, batch, dropout_key)
+    if model.config.head == "span":
+        scores_BT2 = model.logits(x_BTD)
+        return span_sums(scores_BT2, batch["targets"], batch["segments"])._replace(router=router)
     if "predicted" in batch:
         x_BTD = reshard(x_BTD, activation_spec("batch", None, "embed"))
         x_BTD = jnp.take_along_axis(x_BTD, batch["predicted"][:, :, None], axis=1)
@@ -151,6 +141,7 @@ def _forward(model, batch, dropout_key):
         batch["inputs"],
         positions_BT=batch["positions"],
         segments_BT=batch["segments"],
+        types_BT=types_of(model.config.head, model.config.token_types, batch["targets"]),
         prefix_BT=_prefix(model, batch),
         dropout_key=dropout_key,
     )

@@ -19,9 +19,10 @@ from lm_jax.model.moe import RouterSums
 from lm_jax.model.parameters import Parameters
 from lm_jax.model.transformer import Transformer, skeleton_of
 from lm_jax.sharding.mesh import activation_spec, dividing, reshard, shards
-from lm_jax.training.loss import LossSums, batch_loss, chunk_length, router_load
+from lm_jax.training.loss import batch_loss, chunk_length, router_load
 from lm_jax.training.masking import Masking
 from lm_jax.training.optimizer import make_optimizer, make_schedule
+from lm_jax.training.sums import LossSums
 from lm_jax.training.trainable import Rates, mask, rates, scaled, split
 
 
@@ -159,7 +160,8 @@ class Step:
         byte_lengths: jax.Array,
     ) -> dict[str, jax.Array]:
         """Sums over a batch, float32: `nll` in nats, `tokens` predicted, those of them `right`, and
-        the `bytes` of text that the nats are about; 0 for masks, which leave most of it out.
+        the `bytes` of text that the nats are about; 0 for masks, which leave most of it out, and
+        for targets that are no text.
 
         Args:
           index: the batch's place in the evaluation, int32. Masks depend on it (and on the shape of
@@ -168,6 +170,7 @@ class Step:
         model = params_lib.bind(self.skeleton, parameters)
         if self.masking is not None:
             batch = self.masking(batch, jax.random.fold_in(jax.random.key(0), index))
+        if self.masking is not None or model.config.head in ("classify", "span"):
             byte_lengths = jnp.zeros_like(byte_lengths)
         sums = batch_loss(model, batch, chunk=self.chunk)
         counted = byte_lengths.at[batch["targets"]].get(out_sharding=activation_spec("batch", None))

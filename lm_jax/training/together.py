@@ -16,7 +16,8 @@ from jax._src import distributed  # its client has no public name; orbax takes i
 from jax.experimental import multihost_utils
 
 from lm_jax import paths
-from lm_jax.config import Config, to_json
+from lm_jax.config import Config
+from lm_jax.config_json import to_json
 from lm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.training.workdir import TOKEN

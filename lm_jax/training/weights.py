@@ -17,7 +17,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lm_jax import paths
-from lm_jax.config import NOT_OF_THE_WEIGHTS, Config, ModelConfig, TokenizerConfig, walk
+from lm_jax.config import (
+    NOT_OF_THE_WEIGHTS,
+    OWN_HEADS,
+    Config,
+    ModelConfig,
+    TokenizerConfig,
+    walk,
+)
 from lm_jax.data.encoding import with_ends_to_classify
 from lm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from lm_jax.errors import UserError
@@ -145,12 +152,13 @@ def resolved(config: Config, workdir: str, overridden: Collection[str] = ()) -> 
     asked = {key: value for key, value, _ in walk(config) if key in overridden}
     kept = {name: getattr(config.model, name) for name in NOT_OF_THE_WEIGHTS}
     config.model = dataclasses.replace(copy.deepcopy(model), **kept)
+    own = OWN_HEADS.get(config.data.objective)
+    if own and config.model.head != own:
+        # Drawn anew, in place of the head that comes with the weights.
+        config.model.head, config.model.tied_head, config.model.labels = own, True, 0
+        config.model.pooler = bool(asked.get("model.pooler", config.model.pooler))
     if classify:
         config.data.labels = config.data.labels or labels
-        if config.model.head != "classify":
-            # Drawn anew, in place of the head that comes with the weights.
-            config.model.head, config.model.tied_head = "classify", True
-            config.model.pooler = bool(asked.get("model.pooler", config.model.pooler))
         config.model.labels = len(config.data.labels)
     config.tokenizer = copy.deepcopy(tokenizer)
     config = validate(config)

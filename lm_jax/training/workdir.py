@@ -20,9 +20,9 @@ import os
 import shutil
 from collections.abc import Iterator
 
-from lm_jax import config as config_lib
 from lm_jax import paths
-from lm_jax.config import Config
+from lm_jax.config import Config, differences
+from lm_jax.config_json import from_json, to_json
 from lm_jax.data.sources import texts
 from lm_jax.data.tokenizer import Tokenizer, load_tokenizer, text_to_learn_from, train_tokenizer
 from lm_jax.errors import UserError
@@ -42,7 +42,7 @@ def read_config(workdir: str) -> Config:
     path = os.path.join(workdir, "config.json")
     if not paths.isfile(path):
         raise UserError(f"there is no run in '{workdir}': it has no config.json")
-    return config_lib.from_json(paths.read_text(path), path)
+    return from_json(paths.read_text(path), path)
 
 
 def check(workdir: str, config: Config) -> None:
@@ -56,7 +56,7 @@ def check(workdir: str, config: Config) -> None:
             f"--workdir: '{workdir}': a workdir lies on a disk or in a bucket of Google's (gs://)"
         )
     if paths.exists(os.path.join(workdir, "config.json")):
-        changed = config_lib.differences(read_config(workdir), config)
+        changed = differences(read_config(workdir), config)
         if changed:
             raise UserError(
                 f"'{workdir}' holds a run of another config; choose another --workdir, or undo:\n  "
@@ -123,7 +123,7 @@ def settle(workdir: str, config: Config, tokenizer: Tokenizer) -> None:
             shutil.rmtree(folder + ".tmp", ignore_errors=True)
             tokenizer.save(folder + ".tmp")
             os.replace(folder + ".tmp", folder)
-        paths.write_whole(os.path.join(workdir, "config.json"), config_lib.to_json(config))
+        paths.write_whole(os.path.join(workdir, "config.json"), to_json(config))
     except OSError as e:
         raise UserError(f"--workdir: '{workdir}' cannot be written: {e.strerror}") from None
 

@@ -1,0 +1,50 @@
+"""A config as JSON and back."""
+
+import dataclasses
+import json
+from typing import Any
+
+from lm_jax.config import Config, fits, nearest_key
+from lm_jax.errors import UserError
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, where: str = "config.json") -> Config:
+    """The config that `to_json` wrote.
+
+    Raises:
+      UserError: the text is no JSON, or names a key that this version does not have.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{where}:{e.lineno}: not JSON: {e.msg}") from None
+    return _from_dict(Config, values, where, "")
+
+
+def _from_dict(kind: type, values: Any, where: str, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: '{prefix.rstrip('.')}' must be a section, not {values!r}")
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    out = kind()
+    for name, value in values.items():
+        if name not in known:
+            hint = nearest_key(prefix + name)
+            raise UserError(
+                f"{where}: no config key '{prefix}{name}'"
+                + (f"; did you mean '{hint}'?" if hint else "")
+            )
+        current = getattr(out, name)
+        if dataclasses.is_dataclass(current):
+            value = _from_dict(type(current), value, where, f"{prefix}{name}.")
+        else:
+            value = tuple(value) if isinstance(value, list) else value
+            wanted = known[name].type
+            if not fits(value, wanted):
+                wanted = wanted.__name__ if isinstance(wanted, type) else wanted
+                raise UserError(f"{where}: '{prefix}{name}' must be {wanted}, not {value!r}")
+        setattr(out, name, value)
+    return out

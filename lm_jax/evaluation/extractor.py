@@ -1,0 +1,119 @@
+"""Answers that a model with a head 'span' finds in texts.
+
+B windows of a batch, T length.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm_jax.config import DataConfig
+from lm_jax.data.examples import Example
+from lm_jax.data.spans import Window, windows
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
+from lm_jax.generation.reading import by_length, padded
+from lm_jax.model.transformer import Transformer
+from lm_jax.sharding.mesh import activation_spec, reshard, shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """
+    Attributes:
+      text: of the context, without the spaces around it.
+      start: the character of the context at which it begins.
+      score: the sum of the scores of its first and its last token.
+    """
+
+    text: str
+    start: int
+    score: float
+
+
+def extract(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    data: DataConfig,
+    *,
+    max_tokens: int = 30,
+    batch_size: int = 32,
+    on_done: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """The best answer to each example's prompt in its context: over all windows, the span of at
+    most `max_tokens` tokens with the highest sum of scores (Devlin et al. 2018).
+
+    Inside `jax.set_mesh` the windows are shared out over it.
+
+    Args:
+      data: its length and stride make the windows; no window is longer than the model's longest.
+      on_done: called with the number of examples whose windows are all read, at least.
+
+    Raises:
+      UserError: the model has no such head, or a context has no token.
+    """
+    if model.config.head != "span":
+        raise UserError(f"model.head = '{model.config.head}': this model finds no answers in texts")
+    longest = min(data.length, model.config.max_length)
+    data = dataclasses.replace(data, length=longest, stride=min(data.stride, longest // 2))
+    found: list[tuple[int, Window]] = []
+    for i, example in enumerate(examples):
+        found += [(i, window) for window in windows(example, tokenizer, data)]
+    B = -(-min(batch_size, max(len(found), 1)) // shards("batch")) * shards("batch")
+    best: list[Answer | None] = [None] * len(examples)
+    left = np.bincount([i for i, _ in found], minlength=len(examples))
+    for chosen in by_length([len(window.ids) for _, window in found], B):
+        rows = [found[n][1] for n in chosen]
+        tokens_BT, lengths_B = padded([row.ids for row in rows], B, longest)
+        types_BT = np.zeros_like(tokens_BT)
+        for row, types_T in zip(rows, types_BT, strict=False):
+            types_T[: len(row.ids)] = row.second
+        scores_BT2 = np.asarray(_scores(model, tokens_BT, types_BT, lengths_B))
+        for n, scores_T2 in zip(chosen, scores_BT2, strict=False):
+            i, window = found[n]
+            answer = _best(window, scores_T2[: len(window.ids)], examples[i].context, max_tokens)
+            if answer and (best[i] is None or answer.score > best[i].score):
+                best[i] = answer
+            left[i] -= 1
+        if on_done:
+            on_done(int((left == 0).sum()))
+    if None in best:
+        i = best.index(None)
+        raise UserError(
+            f"example {i + 1} of {len(examples)}: its context is empty: it has no token"
+        )
+    return [answer for answer in best if answer is not None]
+
+
+def _best(window: Window, scores_T2: np.ndarray, context: str, most: int) -> Answer | None:
+    """The best answer in a window; None where it holds nothing of the context."""
+    places = np.flatnonzero(window.spans[:, 0] >= 0)
+    if not len(places):
+        return None
+    begin, end = scores_T2[places].T
+    n = len(places)
+    length_nn = np.arange(n)[None] - np.arange(n)[:, None]
+    allowed_nn = (length_nn >= 0) & (length_nn < most)
+    sums_nn = np.where(allowed_nn, begin[:, None] + end[None], -np.inf)
+    first, last = np.unravel_index(int(sums_nn.argmax()), sums_nn.shape)
+    start, stop = int(window.spans[places[first], 0]), int(window.spans[places[last], 1])
+    text = context[start:stop]
+    start += len(text) - len(text.lstrip())
+    return Answer(text.strip(), start, float(sums_nn[first, last]))
+
+
+@jax.jit
+def _scores(
+    model: Transformer, tokens_BT: jax.Array, types_BT: jax.Array, lengths_B: jax.Array
+) -> jax.Array:
+    rows = activation_spec("batch", None)
+    tokens_BT, types_BT = reshard(tokens_BT, rows), reshard(types_BT, rows)
+    lengths_B1 = reshard(lengths_B, activation_spec("batch"))[:, None]
+    segments_BT = (jnp.arange(tokens_BT.shape[1])[None] < lengths_B1).astype(jnp.int32)
+    told = types_BT if model.config.token_types >= 2 else None
+    x_BTD, _ = model(tokens_BT, segments_BT=segments_BT, types_BT=told)
+    return reshard(model.logits(x_BTD), activation_spec(None, None, None))
