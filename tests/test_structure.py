@@ -65,7 +65,7 @@ ORDER += ["generation", "evaluation", "inspection", "training", "planning", "ser
 BASE = {"lm_jax"} | {
     f"lm_jax.{name}"
     for name in (
-        *("config", "errors", "model_validation", "validation", "cli", "runtime"),
+        *("config", "config_json", "errors", "model_validation", "validation", "cli", "runtime"),
         *("cluster", "rendezvous", "paths", "template"),
     )
 }

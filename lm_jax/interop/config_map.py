@@ -8,6 +8,7 @@ from lm_jax.errors import UserError
 from lm_jax.interop.family import Family, Json
 from lm_jax.interop.labels import default_labels, read_labels, write_labels
 from lm_jax.interop.registry import FAMILIES
+from lm_jax.model.head import HEADS_WITHOUT_WORDS
 from lm_jax.model_validation import validate_model
 
 _MOST_LAYERS, _LARGEST = 10_000, 2**31 - 1
@@ -94,7 +95,7 @@ def read_config(family: Family, hf: Json, where: str, names: set[str] | None = N
         raise UserError(f"{where}: {e}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise UserError(f"{where}: a value is not of the type it should be: {e}") from None
-    if fields["head"] in ("none", "classify"):
+    if fields["head"] in HEADS_WITHOUT_WORDS:
         fields["tied_head"] = True
     if fields["head"] == "classify":
         fields["labels"] = len(read_labels(hf, where))

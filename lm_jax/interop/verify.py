@@ -101,4 +101,6 @@ def _reference(theirs: Any, ids_BT: np.ndarray) -> np.ndarray:
     torch = importlib.import_module("torch")
     with torch.no_grad():
         out = theirs(input_ids=torch.from_numpy(ids_BT.astype(np.int64)))
+    if "start_logits" in out:
+        return torch.stack([out.start_logits, out.end_logits], dim=-1).numpy()
     return (out.logits if "logits" in out else out.last_hidden_state).numpy()

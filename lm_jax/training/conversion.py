@@ -23,6 +23,7 @@ from lm_jax.sharding.mesh import make_mesh
 from lm_jax.training import weights
 from lm_jax.training import workdir as workdir_lib
 from lm_jax.training.checkpoint import Checkpoints
+from lm_jax.training.published import padding_of
 from lm_jax.training.weights import Loaded, Source
 
 
@@ -64,7 +65,7 @@ def to_huggingface(
     if classify := config.head == "classify":
         _check_classifier(config, loaded.config.data)
         if config.causal:
-            ids["pad_token_id"] = weights.padding_of(tokenizer)
+            ids["pad_token_id"] = padding_of(tokenizer)
     with jax.set_mesh(_mesh_of(loaded.model)):
         chosen = save_pretrained(
             output,
@@ -82,7 +83,7 @@ def to_huggingface(
                 tokenizer,
                 output,
                 config.max_length,
-                whole_texts=classify,
+                whole_texts=config.head in ("classify", "span"),
                 pad_id=ids["pad_token_id"] if classify and config.causal else None,
             )
         except UserError as e:

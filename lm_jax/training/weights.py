@@ -13,7 +13,6 @@ import re
 from collections.abc import Collection
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from lm_jax import paths
@@ -25,7 +24,6 @@ from lm_jax.config import (
     TokenizerConfig,
     walk,
 )
-from lm_jax.data.encoding import with_ends_to_classify
 from lm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.interop import pretrained
@@ -34,6 +32,7 @@ from lm_jax.model import parameters as params_lib
 from lm_jax.model.parameters import Parameters
 from lm_jax.model.transformer import Transformer, skeleton_of
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
+from lm_jax.training.published import data_of
 from lm_jax.training.workdir import read_config, with_vocabulary
 from lm_jax.validation import validate
 
@@ -280,36 +279,11 @@ def settings_of(source: Source) -> tuple[Config, Tokenizer]:
         return config, tokenizer
     config = Config(model=pretrained.read_model_config(source.path))
     config.tokenizer = TokenizerConfig(kind="file", path=source.path)
-    config.data.objective = "next_token" if config.model.causal else "masked"
-    config.data.length = min(config.data.length, config.model.max_length)
     config.training.steps = 0
     tokenizer = load_tokenizer(source.path)
-    if classes := pretrained.read_classes(source.path):
-        config.data.objective, config.data.labels = "classify", classes.names
-        config.data.prompt, config.data.target = "{text}", "{label}"
-        end = _end_of(tokenizer) if config.model.causal else None
-        if end is not None and end == classes.pad_id:
-            raise UserError(
-                f"{source.path}: its tokenizer ends a text with the id {classes.pad_id}, which is"
-                " pad_token_id in config.json: Transformers tells the class at the token before,"
-                " and lm_jax at the last"
-            )
+    config.data = data_of(source.path, config.model, tokenizer)
     config.init_from = source.path
     return with_vocabulary(validate(config), tokenizer), tokenizer
-
-
-def _end_of(tokenizer: Tokenizer) -> int | None:
-    """The id that stands behind a text to classify, the last of several; None if there is none."""
-    framed = with_ends_to_classify(tokenizer, np.array([-1], np.int32)).tolist()
-    return framed[-1] if framed[-1] >= 0 else None
-
-
-def padding_of(tokenizer: Tokenizer) -> int | None:
-    """An id that never ends a text to classify, so that the last of all others is its last token,
-    which is how Transformers finds it in a row; None if there is none."""
-    unfit = (None, _end_of(tokenizer))
-    fit = (tokenizer.pad_id, tokenizer.bos_id)
-    return next((i for i in fit if i in tokenizer.specials and i not in unfit), None)
 
 
 # What adapters belong to.

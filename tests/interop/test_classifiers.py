@@ -25,6 +25,7 @@ from lm_jax.model.transformer import skeleton_of
 from lm_jax.training import conversion, weights
 from lm_jax.training.applications import evaluate_task
 from lm_jax.training.loop import train
+from lm_jax.training.published import padding_of
 from lm_jax.training.weights import Loaded, Source, load_for_inference
 
 NAMES = ("dull", "fair", "fine")
@@ -300,8 +301,8 @@ def test_a_causal_classifier_of_our_own_and_its_padding(tmp_path):
     np.testing.assert_allclose(told(tmp_path / "out", ROWS), got, atol=1e-4)
     np.testing.assert_allclose(ours(tmp_path / "out", ROWS), got, atol=1e-5)
     # Where each id is that of a character, none can be padding: Transformers takes one row then.
-    assert weights.padding_of(LETTERS) is None
-    assert weights.padding_of(BytesTokenizer()) == 256  # the other one ends a text
+    assert padding_of(LETTERS) is None
+    assert padding_of(BytesTokenizer()) == 256  # the other one ends a text
 
 
 def test_padding_that_ends_each_text_is_refused(tmp_path, folders):

@@ -54,6 +54,9 @@ _BY_HEAD = {"classify": {"pooler": True}}
 _IGNORED = ("embeddings.position_ids", "cls.seq_relationship.")
 
 
+_SPANS = "qa_outputs"  # scores of a token as the first and as the last of an answer
+
+
 def _dense(ours: str, theirs: str, inputs: int = 1) -> list[Weight]:
     return [
         Weight(ours, theirs + ".weight", linear(inputs)),
@@ -97,6 +100,8 @@ def _weights(
     ]
     if model.head == "classify":
         return out + _dense("pooler", classifier[0]) + _dense("head", classifier[1])
+    if model.head == "span":
+        return out + _dense("head", _SPANS)
     if model.pooler:
         pooler = _dense("pooler", prefix + "pooler.dense")
         out += [dataclasses.replace(w, written=model.head == "none") for w in pooler]
@@ -139,6 +144,7 @@ BERT = Family(
         "BertForMaskedLM": "masked_lm",
         "BertForPreTraining": "masked_lm",
         "BertForSequenceClassification": "classify",
+        "BertForQuestionAnswering": "span",
         "BertModel": "none",
     },
     prefix="bert.",
@@ -172,6 +178,7 @@ ROBERTA = Family(
     architectures={
         "RobertaForMaskedLM": "masked_lm",
         "RobertaForSequenceClassification": "classify",
+        "RobertaForQuestionAnswering": "span",
         "RobertaModel": "none",
     },
     prefix="roberta.",
@@ -217,13 +224,17 @@ def _distilbert_weights(model: ModelConfig) -> list[Weight]:
         *_dense("blocks.mlp.up", block + "ffn.lin1"),
         *_dense("blocks.mlp.down", block + "ffn.lin2"),
         *_norm("blocks.mlp_norm", block + "output_layer_norm"),
-        *_head(model, *head),
+        *(_dense("head", _SPANS) if model.head == "span" else _head(model, *head)),
     ]
 
 
 DISTILBERT = Family(
     model_type="distilbert",
-    architectures={"DistilBertForMaskedLM": "masked_lm", "DistilBertModel": "none"},
+    architectures={
+        "DistilBertForMaskedLM": "masked_lm",
+        "DistilBertForQuestionAnswering": "span",
+        "DistilBertModel": "none",
+    },
     prefix="distilbert.",
     keys={
         "vocab_size": "vocab_size",
