@@ -70,7 +70,11 @@ def get_config(variant: str = "cpu") -> Config:
             b2=0.98,
             weight_decay=0.1,
         ),
-        training=TrainingConfig(steps=steps, evaluate_every=max(10, steps // 12)),
+        training=TrainingConfig(
+            steps=steps,
+            evaluate_every=max(10, steps // 12),
+            label_smoothing=0.0 if variant == "tiny" else 0.1,  # as Vaswani et al. 2017
+        ),
         checkpoint=CheckpointConfig(every=max(20, steps // 6)),
         logging=LoggingConfig(every=20),
     )

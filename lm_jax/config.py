@@ -262,6 +262,9 @@ class TrainingConfig:
     seed: int = 0
     accumulation: int = 1  # micro-batches a step
     z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, section 5)
+    # Share of a target that goes to all ids alike (Szegedy et al. 2016). The loss that is shown and
+    # validated has none of it.
+    label_smoothing: float = 0.0
     # Weights of what keeps the routers of experts in order: the load-balancing loss (Switch
     # Transformer, Fedus et al. 2021) and log(Z)^2 (ST-MoE, Zoph et al. 2022). With accumulation
     # the first costs another forward pass, since the load is that of the whole batch.

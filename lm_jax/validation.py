@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterator
 
-from lm_jax.config import LEAST_MASKED_LENGTH, OBJECTIVES_OF, OF_EXAMPLES, Config, walk
+from lm_jax.config import LEAST_MASKED_LENGTH, Config, walk
 from lm_jax.errors import UserError
+from lm_jax.example_validation import example_checks, task_checks
 from lm_jax.model_validation import Check, derive_model, mistakes, model_checks
-from lm_jax.template import Template
 
 
 def validate(config: Config) -> Config:
@@ -76,8 +76,8 @@ def _checks(config: Config) -> Iterator[Check]:
     masked = data.objective == "masked"
     if training.steps:
         yield from _check_objective(config)
-    yield from _check_examples(config)
-    yield from _check_task(config)
+    yield from example_checks(config)
+    yield from task_checks(config)
     yield 0 < data.mask_rate < 1, "data.mask_rate", f"must be in (0, 1), not {data.mask_rate}"
     yield (
         masked or not data.mask_whole_words,
@@ -175,7 +175,7 @@ def _checks(config: Config) -> Iterator[Check]:
     from_0 = "optimizer.clip_norm optimizer.warmup_steps optimizer.weight_decay training.z_loss"
     from_0 += " training.evaluate_every training.sample_every training.sample_tokens"
     from_0 += " task.every checkpoint.every training.balance_loss training.router_z_loss"
-    parts = "optimizer.b1 optimizer.b2 optimizer.muon_momentum"
+    parts = "optimizer.b1 optimizer.b2 optimizer.muon_momentum training.label_smoothing"
     for key, value, _ in walk(config):
         if value is not None and key in above_0.split():
             yield value > 0, key, f"must be above 0, not {value}"
@@ -228,7 +228,6 @@ def _checks(config: Config) -> Iterator[Check]:
     )
 
 
-_LEAST_WINDOW = 32  # tokens
 # Objective -> the head that it trains, and whether the model must be causal; None: either way.
 _NEEDS = {
     "next_token": ("linear", True),
@@ -274,124 +273,3 @@ def _check_objective(config: Config) -> Iterator[Check]:
         "model.head",
         f"must be '{head}' for data.objective '{objective}', not '{model.head}'",
     )
-
-
-def _check_examples(config: Config) -> Iterator[Check]:
-    """Templates, labels, and what of the data is about running text alone."""
-    model, data = config.model, config.data
-    for key in ("prompt", "target"):
-        text = getattr(data, key)
-        if data.objective not in OF_EXAMPLES:
-            yield not text, f"data.{key}", f"objective '{data.objective}' has none: leave it out"
-            continue
-        try:
-            fields = Template(text, f"data.{key}").fields
-        except UserError as e:
-            yield False, f"data.{key}", str(e).removeprefix(f"data.{key}: ")
-            continue
-        if key == "target" and data.objective == "chat" and not text:
-            continue
-        wanted = "which field of a record it is made of, as in '{text}'"
-        yield bool(fields), f"data.{key}", f"say {wanted}, not {text!r}"
-        if key == "prompt" and data.objective == "chat" and not data.target:
-            yield (
-                text == "{" + fields[0] + "}" if fields else False,
-                "data.prompt",
-                "without data.target it names the field of a conversation, as in '{messages}', and"
-                f" nothing else, not {text!r}",
-            )
-    classify, extract = data.objective == "classify", data.objective == "extract"
-    if extract:
-        yield from _check_windows(config)
-    for key in ("context", "answer_starts"):
-        yield (
-            extract or not getattr(data, key),
-            f"data.{key}",
-            f"objective '{data.objective}' has none: leave it out",
-        )
-    yield (
-        classify or not data.labels,
-        "data.labels",
-        f"objective '{data.objective}' has no classes: leave it out",
-    )
-    yield (
-        classify or data.label_token is None,
-        "data.label_token",
-        f"objective '{data.objective}' has no classes: leave it out",
-    )
-    if data.objective not in OF_EXAMPLES:
-        return
-    for key, wanted in (("packing", "first_fit"), ("validation_split", "document")):
-        yield (
-            getattr(data, key) == wanted,
-            f"data.{key}",
-            f"must be '{wanted}' for examples, which are whole or not at all",
-        )
-    yield (
-        not data.attend_across_documents,
-        "data.attend_across_documents",
-        "examples have nothing to do with one another: leave it False",
-    )
-    if classify or extract:
-        yield (
-            not model.lora.rank,
-            "model.lora.rank",
-            "adapters alone cannot learn this, as the head has to learn as well: set it to 0, and"
-            " name what is to stay in optimizer.freeze",
-        )
-    if classify:
-        yield (
-            len(data.labels) >= 2 and len(set(data.labels)) == len(data.labels),
-            "data.labels",
-            f"name the classes, two or more, each once, not {data.labels}",
-        )
-        yield (
-            model.head != "classify" or model.labels == len(data.labels),
-            "model.labels",
-            f"{model.labels} classes, but data.labels names {len(data.labels)}",
-        )
-        yield (
-            not model.causal or data.label_token == "last",
-            "data.label_token",
-            "of a causal model only the last token has seen the text: 'last'",
-        )
-
-
-def _check_windows(config: Config) -> Iterator[Check]:
-    """What a context that holds an answer needs."""
-    data = config.data
-    try:
-        fields = Template(data.context, "data.context").fields
-        wanted = "which field of a record holds the answer's text, as in '{context}'"
-        yield bool(fields), "data.context", f"say {wanted}, not {data.context!r}"
-    except UserError as e:
-        yield False, "data.context", str(e).removeprefix("data.context: ")
-    yield (
-        data.length >= _LEAST_WINDOW,
-        "data.length",
-        f"a question and a part of its context need {_LEAST_WINDOW} tokens, not {data.length}",
-    )
-    yield (
-        0 <= data.stride <= data.length // 2,
-        "data.stride",
-        f"must be from 0 to half of data.length = {data.length}, not {data.stride}",
-    )
-    yield (
-        config.mesh.sequence == 1,
-        "mesh.sequence",
-        f"windows stay whole where answers are looked for: must be 1, not {config.mesh.sequence}",
-    )
-
-
-def _check_task(config: Config) -> Iterator[Check]:
-    task, objective = config.task, config.data.objective
-    wanted = OBJECTIVES_OF.get(task.name, ())
-    yield (
-        task.name == "none" or objective in wanted,
-        "task.name",
-        f"'{task.name}' is about examples of objective {' or '.join(map(repr, wanted))}, not"
-        f" '{objective}'",
-    )
-    if task.name == "none":
-        for key in ("metrics", "every", "keep_best"):
-            yield not getattr(task, key), f"task.{key}", "there is no task: set task.name as well"

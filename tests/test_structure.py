@@ -65,7 +65,8 @@ ORDER += ["generation", "evaluation", "inspection", "training", "planning", "ser
 BASE = {"lm_jax"} | {
     f"lm_jax.{name}"
     for name in (
-        *("config", "config_json", "errors", "model_validation", "validation", "cli", "runtime"),
+        *("config", "config_json", "errors", "cli", "runtime"),
+        *("model_validation", "example_validation", "validation"),
         *("cluster", "rendezvous", "paths", "template"),
     )
 }

@@ -198,8 +198,9 @@ class _Run:
             self.source = weights.source_of(self.workdir, self.config)
             self.origin = f"starts from the weights of {self.source}"
             given = weights.load_start(self.source, base_config(model), self.mesh)
-            if model.head == "classify" and "head" not in given:
-                self.origin += f", with a new head for {model.labels} classes"
+            if self.config.data.objective in OWN_HEADS and "head" not in given:
+                of = f" for {model.labels} classes" if model.labels else ""
+                self.origin += f", with a new head{of}"
         if newest is None:
             return jax.jit(self.step.init_from, donate_argnums=0)(given), 0
         abstract = jax.eval_shape(self.step.init)

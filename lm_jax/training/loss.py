@@ -38,7 +38,7 @@ def cross_entropy(
     *,
     chunk: int | None = None,
 ) -> LossSums:
-    """Weighted sums of -log p(target), of log(Z)^2 and of right answers.
+    """Weighted sums of -log p(target), of log(Z)^2, of right answers and of the mean of -log p.
 
     With a chunk, logits exist for `chunk` positions of each row at a time and are computed again
     for the gradient, so that [B, T, V] is never held.
@@ -91,6 +91,7 @@ def _sums(x_BTD, head, targets_BT, weights_BT) -> LossSums:
         z=jnp.sum(jnp.square(log_z_BT) * weights_BT),
         weight=jnp.sum(weights_BT),
         right=jnp.sum((jnp.argmax(logits_BTV, axis=-1) == targets_BT) * weights_BT),
+        uniform=jnp.sum((log_z_BT - jnp.mean(logits_BTV, axis=-1)) * weights_BT),
     )
 
 

@@ -42,6 +42,7 @@ def span_sums(scores_BT2: jax.Array, targets_BT: jax.Array, segments_BT: jax.Arr
         z=z,
         weight=jnp.sum(first_BT.astype(jnp.float32)),
         right=jnp.sum((first_BT & both_BT).astype(jnp.float32)),
+        uniform=jnp.zeros((), jnp.float32),  # of a window, whose tokens are no candidates alike
     )
 
 

@@ -47,6 +47,7 @@ class Step:
     schedule: optax.Schedule
     seed: int
     accumulation: int
+    label_smoothing: float
     z_loss: float
     balance_loss: float
     router_z_loss: float
@@ -85,7 +86,10 @@ class Step:
 
         def loss(parameters, micro_batch, key, load):
             sums = batch_loss(bound(parameters), micro_batch, chunk=self.chunk, dropout_key=key)
-            total = (sums.nll + self.z_loss * sums.z) / tokens
+            nll = sums.nll
+            if self.label_smoothing:
+                nll += self.label_smoothing * (sums.uniform - sums.nll)
+            total = (nll + self.z_loss * sums.z) / tokens
             if (router := sums.router) is not None:
                 load = router.load_E if load is None else load
                 total += self.balance_loss * router.balance_loss(load, routed)
@@ -217,6 +221,7 @@ def make_step(config: Config, batch_shards: int = 1, masking: Masking | None = N
         schedule=make_schedule(config.optimizer, training.steps),
         seed=training.seed,
         accumulation=training.accumulation,
+        label_smoothing=training.label_smoothing,
         z_loss=training.z_loss,
         balance_loss=training.balance_loss,
         router_z_loss=training.router_z_loss,

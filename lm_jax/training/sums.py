@@ -15,8 +15,9 @@ class LossSums(NamedTuple):
     z: jax.Array  # log(Z)^2
     weight: jax.Array  # positions
     right: jax.Array  # positions whose target is the most probable id
+    uniform: jax.Array  # the mean of -log p over the vocabulary, in nats
     router: RouterSums | None = None  # over all real tokens; None without experts
 
     @classmethod
     def zero(cls) -> "LossSums":
-        return cls(*(jnp.zeros((), jnp.float32),) * 4)
+        return cls(*(jnp.zeros((), jnp.float32),) * 5)

@@ -103,6 +103,12 @@ case "$1 $2" in
 esac
 """
 
+# Where tests are run in the background SIGINT may be ignored, and bash cannot change that itself.
+_BASH = """import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp("bash", ["bash", *sys.argv[1:]])
+"""
+
 
 class Cloud:
     """The scripts in a folder whose name has a space, and programs of the cloud on the PATH."""
@@ -132,7 +138,7 @@ class Cloud:
             "LM_JAX_POLL": "0.02",
         }
         return subprocess.Popen(
-            ["bash", self.root / "launch" / script, *args],
+            [sys.executable, "-SIc", _BASH, self.root / "launch" / script, *args],
             cwd=self.folder,
             env=env | variables,
             stdout=subprocess.PIPE,

@@ -188,7 +188,8 @@ def test_tests_run_from_the_root_after_ruff(checkout, tmp_path, script):
     root = str(checkout.root)
     ruff = [root, "ruff", "check", "lm_jax", "tests"]
     ruff += [root, "ruff", "format", "--check", "lm_jax", "tests"]
-    assert out == [*ruff, root, "pytest", "-n", "auto", "--dist", "loadfile"]
+    pytest_flags = ["-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
+    assert out == [*ruff, root, "pytest", *pytest_flags]
     assert os.access(checkout.root / script, os.X_OK)
 
 

@@ -29,26 +29,27 @@ def inputs():
     return x, head, targets.astype(np.int32), weights
 
 
-def reference(x, head, targets, weights) -> tuple[float, float, float, float]:
-    """(nll, z, weight, right) in float64, a position at a time."""
-    nll = z = right = 0.0
+def reference(x, head, targets, weights) -> tuple[float, ...]:
+    """(nll, z, weight, right, uniform) in float64, a position at a time."""
+    nll = z = right = uniform = 0.0
     for b, t in np.ndindex(targets.shape):
         logits = x[b, t].astype(np.float64) @ head.astype(np.float64)
         log_z = np.log(np.sum(np.exp(logits - logits.max()))) + logits.max()
         nll += weights[b, t] * (log_z - logits[targets[b, t]])
         z += weights[b, t] * log_z**2
         right += weights[b, t] * (logits.argmax() == targets[b, t])
-    return nll, z, float(weights.sum()), right
+        uniform += weights[b, t] * np.mean(log_z - logits)
+    return nll, z, float(weights.sum()), right, uniform
 
 
 @quick_jit
 def _value_and_gradient(x, head, targets, weights, chunks):
     def total(x, head):
         sums = cross_entropy(x, head_of(head, x.dtype), targets, weights, chunk=T // len(chunks))
-        return sums.nll + 0.3 * sums.z, sums
+        return sums.nll + 0.3 * sums.z + 0.2 * sums.uniform, sums
 
     (_, sums), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(x, head)
-    return sums[:4], gradients
+    return sums[:5], gradients
 
 
 def value_and_gradient(x, head, targets, weights, chunk: int = T):

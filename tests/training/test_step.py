@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny_models import (
     GPT2,
@@ -136,6 +137,25 @@ def test_metrics_are_those_of_the_batch():
     z = 0.01 * (log_z**2 * weights).sum() / weights.sum()
     np.testing.assert_allclose(first["z_loss"], z, rtol=1e-5)
     np.testing.assert_allclose(first["learning_rate"], 0.001, rtol=1e-6)
+
+
+def test_what_is_learned_with_smoothing_is_the_mixture():
+    training = {"label_smoothing": 0.3, "steps": 3}
+    step = make_step(run_config(LLAMA, training=training))
+    batch = packed_batch(seed=0)
+    _, got = quick_jit(step.train)(start(step), batch)
+
+    def mixed(parameters):
+        logits = _logits.__wrapped__(params_lib.bind(step.skeleton, parameters), batch)
+        share = 0.7 * jax.nn.one_hot(batch["targets"], V) + 0.3 / V
+        each = -jnp.sum(share * jax.nn.log_softmax(logits), axis=-1)
+        return jnp.sum(each * batch["weights"]) / batch["weights"].sum()
+
+    gradients = quick_jit(jax.grad(mixed))(start(step).parameters)
+    np.testing.assert_allclose(got["gradient_norm"], optax.tree.norm(gradients), rtol=1e-5)
+    nll, _ = reference_nll(build(LLAMA), batch)  # what is reported has no smoothing
+    weights = batch["weights"]
+    np.testing.assert_allclose(got["loss"], (nll * weights).sum() / weights.sum(), rtol=1e-5)
 
 
 @quick_jit
