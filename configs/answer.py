@@ -22,13 +22,12 @@ from lm_jax.config import (
     Config,
     DataConfig,
     LoggingConfig,
-    ModelConfig,
     OptimizerConfig,
     TaskConfig,
     TokenizerConfig,
     TrainingConfig,
 )
-from lm_jax.recipes import choose, prefix_lm
+from lm_jax.recipes import choose, encoder, prefix_lm
 
 #          layers, width, heads, vocabulary, length, rows, steps, warm-up, learning rate, dropout
 _VARIANTS = {
@@ -46,20 +45,7 @@ def get_config(variant: str = "published") -> Config:
     )
     fine_tuned, extract = variant in ("published", "extract"), variant.startswith("extract")
     if extract:
-        model = ModelConfig(
-            layers=layers,
-            width=width,
-            heads=heads,
-            max_length=512,
-            causal=False,
-            norm="layernorm",
-            norm_placement="pre",
-            position="rope",
-            activation="gelu",
-            head="span",
-            dropout=dropout,
-            dtype="float32",
-        )
+        model = encoder(layers, width, heads, head="span", dropout=dropout)
         data = DataConfig(
             objective="extract",
             prompt="{question}",

@@ -14,13 +14,12 @@ from lm_jax.config import (
     Config,
     DataConfig,
     LoggingConfig,
-    ModelConfig,
     OptimizerConfig,
     TaskConfig,
     TokenizerConfig,
     TrainingConfig,
 )
-from lm_jax.recipes import choose
+from lm_jax.recipes import choose, encoder
 
 #          layers, width, heads, vocabulary, length, batch, steps, warm-up, learning rate
 _VARIANTS = {
@@ -35,19 +34,8 @@ def get_config(variant: str = "scratch") -> Config:
         variant, _VARIANTS
     )
     return Config(
-        model=ModelConfig(
-            layers=layers,
-            width=width,
-            heads=heads,
-            max_length=512,
-            causal=False,
-            norm="layernorm",
-            norm_placement="pre",
-            position="rope",
-            activation="gelu",
-            head="classify",
-            dropout=0.1 if variant == "bert" else 0.3,
-            dtype="float32",
+        model=encoder(
+            layers, width, heads, head="classify", dropout=0.1 if variant == "bert" else 0.3
         ),
         tokenizer=TokenizerConfig(kind="sentencepiece", vocab_size=vocabulary),
         data=DataConfig(
