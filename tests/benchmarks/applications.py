@@ -6,6 +6,14 @@ scores agree?
 
 Needs torch and transformers (the `test` extra). Transformers makes its prompts with its own chat
 template and answers them one at a time, greedily. Prints a table and a JSON line.
+
+Seen on two CPU cores, SmolLM2-135M-Instruct as it is published:
+
+| task | examples | same answers | score | here | Transformers | seconds | Transformers |
+|---|---|---|---|---|---|---|---|
+| summarize | DialogSum dev, the first 100 | 100 | ROUGE-L | 15.94 | 15.94 | 253 | 325 |
+| answer | XQuAD en, the first 200 | 200 | F1 | 10.43 | 10.43 | 129 | 183 |
+| | | | exact match | 0 | 0 | | |
 """
 
 import argparse
