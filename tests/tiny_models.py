@@ -1,5 +1,6 @@
 """Tiny models of each family, and batches of packed rows for them."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -111,6 +112,21 @@ def run_config(model: ModelConfig = GPT2, rows: int = 8, **sections: dict) -> Co
 def on_devices(axes: tuple[int, ...]) -> Mesh:
     """A mesh of data x fsdp x tensor [x sequence [x expert]] devices, the first ones there are."""
     return make_mesh(MeshConfig(*axes), jax.devices()[: math.prod(axes)])
+
+
+@contextlib.contextmanager
+def placed(model, axes):
+    """The model on a mesh, which is set; or as it is."""
+    if axes is None:
+        yield model
+        return
+    with jax.set_mesh(on_devices(axes)):
+        shapes = params_lib.split(model)
+        axes_of = params_lib.logical_axes(model)
+        yield params_lib.bind(model, {
+            name: jax.device_put(np.asarray(x), params_lib.parameter_spec(*axes_of[name]))
+            for name, x in shapes.items()
+        })  # fmt: skip
 
 
 def shard(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

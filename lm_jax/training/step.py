@@ -15,6 +15,7 @@ import optax
 
 from lm_jax.config import Config
 from lm_jax.model import parameters as params_lib
+from lm_jax.model.head import HEADS_WITHOUT_WORDS
 from lm_jax.model.moe import RouterSums
 from lm_jax.model.parameters import Parameters
 from lm_jax.model.transformer import Transformer, skeleton_of
@@ -174,7 +175,7 @@ class Step:
         model = params_lib.bind(self.skeleton, parameters)
         if self.masking is not None:
             batch = self.masking(batch, jax.random.fold_in(jax.random.key(0), index))
-        if self.masking is not None or model.config.head in ("classify", "span"):
+        if self.masking is not None or model.config.head in HEADS_WITHOUT_WORDS:
             byte_lengths = jnp.zeros_like(byte_lengths)
         sums = batch_loss(model, batch, chunk=self.chunk)
         counted = byte_lengths.at[batch["targets"]].get(out_sharding=activation_spec("batch", None))

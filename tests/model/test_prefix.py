@@ -1,13 +1,12 @@
 """Prefix attention: who sees whom, on one device and on eight; gradients; decoding."""
 
-import contextlib
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
 import reference_model
-from tiny_models import GPT2, LLAMA, T, V, build, on_devices, quick_jit, shard
+from tiny_models import GPT2, LLAMA, T, V, build, on_devices, placed, quick_jit, shard
 
 from lm_jax.data.tokenizer_base import BytesTokenizer
 from lm_jax.errors import UserError
@@ -70,21 +69,6 @@ def _logits(model, b):
         prefix_BT=b.get("prefix"),
     )
     return model.logits(x)
-
-
-@contextlib.contextmanager
-def placed(model, axes):
-    """The model on a mesh, which is set; or as it is."""
-    if axes is None:
-        yield model
-        return
-    with jax.set_mesh(on_devices(axes)):
-        shapes = params_lib.split(model)
-        axes_of = params_lib.logical_axes(model)
-        yield params_lib.bind(model, {
-            name: jax.device_put(np.asarray(x), params_lib.parameter_spec(*axes_of[name]))
-            for name, x in shapes.items()
-        })  # fmt: skip
 
 
 def logits(model, b, axes=None) -> np.ndarray:

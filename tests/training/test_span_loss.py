@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import BERT, GPT2, build, on_devices, quick_jit, shard
+from tiny_models import BERT, GPT2, build, placed, quick_jit, shard
 
 from lm_jax.model import parameters as params_lib
 from lm_jax.training.loss import batch_loss
@@ -105,11 +105,6 @@ def test_eight_devices_learn_as_one_does(config):
     b["targets"] %= CAUSAL_CLASSIFIER.labels if config is CAUSAL_CLASSIFIER else 8
     model = build(config)
     one, _ = gradients(model, b)
-    with jax.set_mesh(on_devices((2, 2, 2))):
-        axes = params_lib.logical_axes(model)
-        placed = {
-            name: jax.device_put(np.asarray(x), params_lib.parameter_spec(*axes[name]))
-            for name, x in params_lib.split(model).items()
-        }
-        many, _ = gradients(params_lib.bind(model, placed), shard(b))
+    with placed(model, (2, 2, 2)) as there:
+        many, _ = gradients(there, shard(b))
     jax.tree.map(lambda a, g: np.testing.assert_allclose(g, a, atol=2e-6), one, many)
