@@ -4,6 +4,8 @@ import string
 
 from lm_jax.errors import UserError
 
+Span = tuple[int, int]  # from which character of a text to which
+
 
 class Template:
     """Text with fields in braces: 'Question: {question}'; '{{' is a brace."""
@@ -32,5 +34,12 @@ class Template:
     def fields(self) -> list[str]:
         return [name for _, name in self.parts if name is not None]
 
-    def fill(self, values: dict[str, str]) -> str:
-        return "".join(before + (values[name] if name else "") for before, name in self.parts)
+    def fill(self, values: dict[str, str]) -> tuple[str, tuple[Span, ...]]:
+        """The text, and where in it the fields stand."""
+        text, spans = "", []
+        for before, name in self.parts:
+            text += before
+            if name is not None:
+                spans.append((len(text), len(text) + len(values[name])))
+                text += values[name]
+        return text, tuple(spans)

@@ -14,8 +14,11 @@ import numpy as np
 from lm_jax.config import DataConfig
 from lm_jax.data.chat import ChatTemplate, Message, chat_template_of
 from lm_jax.data.examples import Example
+from lm_jax.data.shortening import within
 from lm_jax.data.tokenizer_base import Tokenizer
 from lm_jax.errors import UserError
+
+_NOTHING = np.zeros(0, np.int32)
 
 
 def with_ends(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
@@ -31,31 +34,34 @@ def encode_example(
     """An example's (input, target, whether it counts), int32 [P, 3] with P at most `config.length`,
     and whether it is whole.
 
-    Of a prompt that is too long the beginning is left out, since the question mostly stands at its
-    end; of a target, of a conversation and of a text to classify, the end.
+    A prompt that is too long is shortened (`lm_jax.data.shortening`) to what its target leaves, or
+    to half of the row if that is more; what is too long then is the target, which loses its end.
+
+    Raises:
+      UserError: it cannot be shortened, or be learned from.
     """
     length = config.length
     if config.objective == "classify":
-        tokens, whole = text_to_classify(example.prompt, tokenizer, length)
+        tokens, whole = text_to_classify(example, tokenizer, length)
         if not len(tokens):
             raise UserError("a text to classify is empty, and this tokenizer has no token for that")
         pairs_P3 = np.zeros((len(tokens), 3), np.int32)
         pairs_P3[:, 0] = tokens
         pairs_P3[0 if config.label_token == "first" else -1, 1:] = example.label, 1
         return pairs_P3, whole
+    target = _target_ids(example, tokenizer)
+    room = max(length + 1 - len(target), (length + 1) // 2)
+    example, prompt, cut = _shortened(example, tokenizer, room)
     if example.messages:
         tokens, counts = conversation(example.messages, tokenizer)
-        whole = len(tokens) - 1 <= length
     else:
-        prompt, target = prompt_ids(example, tokenizer), _target_ids(example, tokenizer)
-        room = length + 1 - len(target)
-        whole = len(prompt) <= room
-        prompt = shortened(prompt, max(room, 1), tokenizer)
         tokens = np.concatenate([prompt, target])
         counts = np.arange(len(tokens)) >= len(prompt)
+    whole = not cut and len(tokens) <= length + 1
     tokens, counts = tokens[: length + 1], counts[: length + 1]
-    pairs_P3 = np.stack([tokens[:-1], tokens[1:], counts[1:].astype(np.int32)], axis=1)
-    return pairs_P3, whole
+    if not counts.any():
+        raise UserError("its target has no token, so that there is nothing to learn")
+    return np.stack([tokens[:-1], tokens[1:], counts[1:].astype(np.int32)], axis=1), whole
 
 
 def with_ends_to_classify(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
@@ -64,25 +70,46 @@ def with_ends_to_classify(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
     return tokenizer.frame(ids) if tokenizer.kind == "huggingface" else with_ends(tokenizer, ids)
 
 
-def text_to_classify(text: str, tokenizer: Tokenizer, longest: int) -> tuple[np.ndarray, bool]:
-    """A text with what goes around it, at most `longest` tokens, and whether it is the whole text.
+def text_to_classify(
+    example: Example, tokenizer: Tokenizer, longest: int
+) -> tuple[np.ndarray, bool]:
+    """An example's prompt with what goes around it, at most `longest` tokens, and whether it is the
+    whole text. Of one that is too long, the field of a record is cut at its end.
 
     An empty text around which nothing goes is what begins a text.
+
+    Raises:
+      UserError: it cannot be shortened.
     """
-    ids, ends = tokenizer.encode(text), len(with_ends_to_classify(tokenizer, np.zeros(0, np.int32)))
+    ids, ends = tokenizer.encode(example.prompt), len(with_ends_to_classify(tokenizer, _NOTHING))
+    whole = len(ids) <= longest - ends
+    if not whole and example.fields not in (None, ((0, len(example.prompt)),)):
+        _, ids, _ = within(example, longest - ends, lambda e: tokenizer.encode(e.prompt))
     framed = with_ends_to_classify(tokenizer, ids[: longest - ends])
     if not len(framed) and tokenizer.begin_id is not None:
         framed = np.array([tokenizer.begin_id], np.int32)
-    return framed, len(ids) <= longest - ends
+    return framed, whole
 
 
-def prompt_ids(example: Example, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids that an answer is generated after, the same as when it is learned.
+def prompt_within(example: Example, tokenizer: Tokenizer, budget: int) -> tuple[np.ndarray, bool]:
+    """The ids that an answer is generated after, the same as when it is learned, at most `budget`
+    of them, and whether anything was left out, see `lm_jax.data.shortening`.
 
     Raises:
-      UserError: there are none, so that nothing can follow; or the chat template does not take the
-        messages.
+      UserError: it cannot be shortened so far; there are none, so that nothing can follow; or the
+        chat template does not take the messages.
     """
+    _, ids, cut = _shortened(example, tokenizer, budget)
+    return ids, cut
+
+
+def _shortened(
+    example: Example, tokenizer: Tokenizer, budget: int
+) -> tuple[Example, np.ndarray, bool]:
+    return within(example, budget, lambda e: _prompt_ids(e, tokenizer))
+
+
+def _prompt_ids(example: Example, tokenizer: Tokenizer) -> np.ndarray:
     if example.messages:
         ids = _encode_messages(example.messages[:-1], tokenizer, True)
     else:
@@ -94,16 +121,12 @@ def prompt_ids(example: Example, tokenizer: Tokenizer) -> np.ndarray:
     return ids
 
 
-def shortened(prompt: np.ndarray, room: int, tokenizer: Tokenizer) -> np.ndarray:
-    """`prompt` in at most `room` tokens: its end, after what begins a text."""
-    if len(prompt) <= room:
-        return prompt
-    first = 1 if room > 1 and prompt[0] == tokenizer.begin_id else 0
-    return np.concatenate([prompt[:first], prompt[len(prompt) - room + first :]])
-
-
 def _target_ids(example: Example, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids of the first target, encoded by itself, and eos."""
+    """The ids of the first target, encoded by itself, and eos; of a conversation what follows its
+    prompt in the chat template."""
+    if example.messages:
+        through = _encode_messages(example.messages, tokenizer, False)
+        return through[len(_prompt_ids(example, tokenizer)) :]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     return np.concatenate([tokenizer.encode(example.targets[0]), np.array(eos, np.int32)])
 
@@ -111,7 +134,8 @@ def _target_ids(example: Example, tokenizer: Tokenizer) -> np.ndarray:
 def conversation(
     messages: Sequence[Message], tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of a whole conversation, and which of them the assistant says, its ends included.
+    """The ids of a whole conversation, and which of them the assistant says after another, the ends
+    of what it says included.
 
     Raises:
       UserError: the chat template does not take the messages, or writes a turn otherwise once
@@ -120,7 +144,7 @@ def conversation(
     ids = _encode_messages(messages, tokenizer, False)
     counts = np.zeros(len(ids), bool)
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or i == 0:  # what nobody asked for
             continue
         before = _encode_messages(messages[:i], tokenizer, True)
         through = _encode_messages(messages[: i + 1], tokenizer, False)

@@ -8,7 +8,7 @@ from typing import Any
 from lm_jax.config import DataConfig
 from lm_jax.data.records import Record, Records, kind
 from lm_jax.errors import UserError
-from lm_jax.template import Template
+from lm_jax.template import Span, Template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +17,15 @@ class Example:
 
     Attributes:
       prompt: what is given; of objective 'classify' the text.
+      fields: the parts of `prompt` that a record's fields hold, all else is the template's; None:
+        all of it, and of a conversation each message.
       targets: right answers, of which the first is learned; the name of the class.
       label: of objective 'classify', the number of the class.
       context: of objective 'extract', the text that the targets are parts of.
       start: of objective 'extract', the character of `context` at which the first target begins.
       messages: of objective 'chat', the conversation, {'role': ..., 'content': ...} each; the last
         is the assistant's.
+      origin: the records that it was made of, and which of them.
     """
 
     prompt: str
@@ -31,6 +34,20 @@ class Example:
     messages: tuple[dict[str, str], ...] = ()
     context: str = ""
     start: int = 0
+    fields: tuple[Span, ...] | None = None
+    origin: tuple[Records, int] | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def bad(self, why: str) -> None:
+        """Says that it cannot be used: raises, with the place of its record, or counts it, as
+        `data.on_error` has it.
+
+        Raises:
+          UserError: see above.
+        """
+        if self.origin is None:
+            raise UserError(why)
+        records, i = self.origin
+        records.bad(i, why)
 
     @property
     def text(self) -> str:
@@ -81,13 +98,14 @@ class Examples(Sequence):
             return SKIPPED
         if self.objective == "chat" and not self.target.parts:
             return self._conversation(record, i)
+        origin = self.records, i
         try:
-            prompt = self._fill(self.prompt, record)
+            prompt, fields = self._fill(self.prompt, record)
             targets = self._targets(record)
             if self.objective == "extract":
-                context = self._fill(self.context, record)
+                context, _ = self._fill(self.context, record)
                 start = self._start(record, context, targets[0])
-                return Example(prompt, targets, context=context, start=start)
+                return Example(prompt, targets, context=context, start=start, origin=origin)
             label = self._label(targets[0]) if self.objective == "classify" else 0
         except KeyError as e:
             return self._bad(i, self._missing(e.args[0], list(record)))
@@ -95,10 +113,10 @@ class Examples(Sequence):
             return self._bad(i, str(e))
         if self.objective == "classify":
             targets = (self.labels[label],)
+        messages: tuple[dict[str, str], ...] = ()
         if self.objective == "chat":
             messages = (_said("user", prompt), _said("assistant", targets[0]))
-            return Example(prompt, targets, messages=messages)
-        return Example(prompt, targets, label)
+        return Example(prompt, targets, label, messages, fields=fields, origin=origin)
 
     def _conversation(self, record: Record, i: int) -> Example:
         """Of objective 'chat' without a target: the prompt's one field holds the messages."""
@@ -109,13 +127,13 @@ class Examples(Sequence):
             messages = _messages(record[name], name)
         except ValueError as e:
             return self._bad(i, str(e))
-        text = "\n".join(m["content"] for m in messages[:-1])
-        return Example(text, (messages[-1]["content"],), messages=messages)
+        text, said = "\n".join(m["content"] for m in messages[:-1]), messages[-1]["content"]
+        return Example(text, (said,), messages=messages, origin=(self.records, i))
 
     def _targets(self, record: Record) -> tuple[str, ...]:
         several = [name for name in self.target.fields if isinstance(record[name], list)]
         if not several:
-            return (self._fill(self.target, record),)
+            return (self._fill(self.target, record)[0],)
         if len(several) > 1:
             raise ValueError(f"'{several[0]}' and '{several[1]}' are both lists: one may be")
         if not record[several[0]]:
@@ -123,10 +141,10 @@ class Examples(Sequence):
         found = []
         for n in range(len(record[several[0]])):
             one = record | {several[0]: record[several[0]][n]}
-            found.append(self._fill(self.target, one))
+            found.append(self._fill(self.target, one)[0])
         return tuple(dict.fromkeys(found))
 
-    def _fill(self, template: Template, record: Record) -> str:
+    def _fill(self, template: Template, record: Record) -> tuple[str, tuple[Span, ...]]:
         return template.fill({name: _text(record, name) for name in template.fields})
 
     def _start(self, record: Record, context: str, answer: str) -> int:
@@ -195,6 +213,8 @@ def _messages(value: Any, name: str) -> tuple[dict[str, str], ...]:
         found.pop()
     if not found:
         raise ValueError(f"'{name}' has no message of the role 'assistant'")
+    if len(found) == 1:
+        raise ValueError(f"'{name}': the assistant speaks first, and says nothing after that")
     return tuple(found)
 
 

@@ -74,7 +74,7 @@ class Encode(grain.experimental.FlatMapTransform):
 
     def flat_map(self, element: str | Example) -> list[Row]:
         if isinstance(element, Example):
-            pieces = self._example(element) if element.targets else []
+            pieces = self._example(element)
         else:
             ids = self.tokenizer.encode(element) if element else np.zeros(0, np.int32)
             pieces = self._pieces(ids) if len(ids) else []
@@ -88,10 +88,16 @@ class Encode(grain.experimental.FlatMapTransform):
         return [{PAIRS: pairs_P2} for pairs_P2 in pieces]
 
     def _example(self, example: Example) -> list[np.ndarray]:
-        if self.config.objective == "extract":
-            found = windows(example, self.tokenizer, self.config)
-            return [window.pairs(example) for window in found]
-        pairs_P3, whole = encode_example(example, self.tokenizer, self.config)
+        if not example.targets:
+            return []
+        try:
+            if self.config.objective == "extract":
+                found = windows(example, self.tokenizer, self.config)
+                return [window.pairs(example) for window in found]
+            pairs_P3, whole = encode_example(example, self.tokenizer, self.config)
+        except UserError as e:
+            example.bad(str(e))
+            return []
         if not whole:
             _say_once(
                 f"note: an example is longer than data.length = {self.config.length}: it is"

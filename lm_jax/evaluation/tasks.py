@@ -9,7 +9,7 @@ from typing import Any
 
 from lm_jax import paths
 from lm_jax.config import DataConfig, TaskConfig
-from lm_jax.data.encoding import prompt_ids, shortened
+from lm_jax.data.encoding import prompt_within
 from lm_jax.data.examples import Example
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
@@ -168,10 +168,9 @@ def _plain(text: str) -> str:
 
 def _texts(model, tokenizer, examples, data, task, batch_size, on_done) -> list[dict[str, Any]]:
     kind, limit = find_task(task.name), model.config.max_length
-    most = min(task.max_tokens or kind.max_tokens, limit - 1)
-    prompts = [
-        shortened(prompt_ids(example, tokenizer), limit - most, tokenizer) for example in examples
-    ]
+    most = task.max_tokens or kind.max_tokens
+    room = max(limit - most, limit // 2)  # an answer has what its prompt leaves
+    prompts = [prompt_within(example, tokenizer, room)[0] for example in examples]
     generator = Generator(model, tokenizer)
     if task.beams > 1:
         completions = generator.beam_search(
@@ -191,11 +190,10 @@ def _texts(model, tokenizer, examples, data, task, batch_size, on_done) -> list[
 
 def _classes(model, tokenizer, examples, data, task, batch_size, on_done) -> list[dict[str, Any]]:
     del task
-    texts = [example.prompt for example in examples]
     found = classify(
         model,
         tokenizer,
-        texts,
+        examples,
         length=data.length,
         batch_size=batch_size,
         on_done=on_done,

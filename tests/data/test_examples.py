@@ -8,12 +8,12 @@ from data_helpers import data_config
 
 from lm_jax.config import Config
 from lm_jax.data import records
-from lm_jax.data.encoding import conversation, encode_example, prompt_ids, shortened
+from lm_jax.data.encoding import conversation, encode_example, prompt_within
 from lm_jax.data.examples import Example
 from lm_jax.data.loader import train_stream
 from lm_jax.data.readers import Errors
 from lm_jax.data.sources import documents, texts
-from lm_jax.data.tokenizer_base import BytesTokenizer
+from lm_jax.data.tokenizer_base import BytesTokenizer, CharacterTokenizer
 from lm_jax.errors import UserError
 from lm_jax.template import Template
 from lm_jax.validation import validate
@@ -61,7 +61,10 @@ def complete(source, **changes):
 )
 def test_every_form_of_records_gives_the_same_examples(name, content, tmp_path):
     found = documents(complete(write(tmp_path, name, content)), "train")
-    assert list(found) == [Example("1, 2?", ("x",)), Example("\u00e9?", ("2",))]
+    assert list(found) == [
+        Example("1, 2?", ("x",), fields=((0, 4),)),
+        Example("\u00e9?", ("2",), fields=((0, 1),)),
+    ]
     folder = documents(complete(str(tmp_path)), "train")
     assert list(folder) == list(found)
     assert list(texts(complete(str(tmp_path)), "train")) == ["1, 2?\nx", "\u00e9?\n2"]
@@ -74,7 +77,7 @@ def test_parquet_gives_them_too(tmp_path):
     pq.write_table(pa.table({"q": ["a", "b"], "n": [1, 2], "a": [["x"], ["y", "z"]]}),
                    tmp_path / "a.parquet")  # fmt: skip
     found = documents(complete(str(tmp_path / "a.parquet")), "train")
-    assert list(found) == [Example("a?", ("x",)), Example("b?", ("y", "z"))]
+    assert [(e.prompt, e.targets) for e in found] == [("a?", ("x",)), ("b?", ("y", "z"))]
     with pytest.raises(UserError, match="no column 'c'; columns: q, n, a"):
         documents(complete(str(tmp_path / "a.parquet"), prompt="{c}"), "train")
 
@@ -83,7 +86,7 @@ def test_squad_is_flat_and_has_all_answers(tmp_path):
     source = write(tmp_path, "squad.json", SQUAD)
     config = complete(source, prompt="{context} {question}", target="{answers}")
     (found,) = documents(config, "train")
-    assert found == Example("A cat sat. Who?", ("cat", "A cat"))
+    assert found == Example("A cat sat. Who?", ("cat", "A cat"), fields=((0, 10), (11, 15)))
     (record,) = records.read_json(source, Errors("raise"))
     assert record["answer_starts"] == [2, 0] and record["id"] == "q"
 
@@ -143,29 +146,17 @@ def test_labels_are_numbers_or_names(tmp_path):
 def test_a_template_names_fields_and_nothing_else(text):
     with pytest.raises(UserError, match=r"^data\.prompt: "):
         Template(text, "data.prompt")
-    assert Template("{{{a}}}", "k").fill({"a": "{b}"}) == "{{b}}"
+    assert Template("{{{a}}} {a}", "k").fill({"a": "{b}"}) == ("{{b}} {b}", ((1, 4), (6, 9)))
 
 
 def test_the_target_alone_counts_and_continues_what_is_generated_from():
     config, example = complete("", length=64), Example("ab", ("xyz", "other"))
     pairs_P3, whole = encode_example(example, TOKENIZER, config)
-    prompt = prompt_ids(example, TOKENIZER)
-    assert whole and prompt.tolist() == [BOS, *b"ab"]
+    prompt, cut = prompt_within(example, TOKENIZER, 3)
+    assert whole and not cut and prompt.tolist() == [BOS, *b"ab"]
     assert pairs_P3[:, 0].tolist() == [BOS, *b"abxyz"]
     assert pairs_P3[:, 1].tolist() == [*b"abxyz", EOS]
     assert pairs_P3[:, 2].tolist() == [0, 0, 1, 1, 1, 1]
-
-
-@pytest.mark.parametrize("length", range(4, 9))
-def test_a_long_prompt_loses_its_beginning_and_a_long_target_its_end(length):
-    config = complete("", length=length)
-    pairs_P3, whole = encode_example(Example("abcdef", ("xyz",)), TOKENIZER, config)
-    assert not whole and len(pairs_P3) == length and pairs_P3[0, 0] in (BOS, ord("f"))
-    inputs, counted = pairs_P3[:, 0], pairs_P3[:, 1][pairs_P3[:, 2] == 1]
-    assert counted.tolist() == [*b"xyz", EOS][: len(counted)] and len(counted) >= min(4, length)
-    prompt = [BOS, *b"abcdef"[10 - length :]] if length > 4 else [ord("f")]
-    assert inputs[pairs_P3[:, 2] == 0].tolist() == prompt[:-1] and inputs[length - 4] == prompt[-1]
-    assert shortened(np.arange(5), 9, TOKENIZER).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("token", "place"), [("first", 0), ("last", -1)])
@@ -190,12 +181,14 @@ def test_what_the_assistant_says_counts():
     said = "".join(chr(i) if i < 256 else "|" for i in ids)
     assert said == "|User: hi\nAssistant: ho|User: so\nAssistant: no|"
     assert "".join(c for c, n in zip(said, counts) if n) == " ho| no|"
-    assert (
-        ids[: np.flatnonzero(counts)[3]].tolist()
-        == prompt_ids(Example("", ("no",), messages=tuple(messages)), TOKENIZER)[
-            : np.flatnonzero(counts)[3]
-        ].tolist()
-    )
+    prompt, cut = prompt_within(Example("", ("no",), messages=tuple(messages)), TOKENIZER, 64)
+    assert not cut and prompt.tolist() == ids[: np.flatnonzero(counts)[4]].tolist()
+
+
+def test_what_the_assistant_says_unasked_is_not_learned():
+    talk = [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "so"}]
+    ids, counts = conversation([*talk, {"role": "assistant", "content": "no"}], TOKENIZER)
+    assert bytes(ids[counts][:-1].tolist()) == b" no"
 
 
 def test_conversations_are_read_up_to_what_the_assistant_says(tmp_path):
@@ -206,6 +199,32 @@ def test_conversations_are_read_up_to_what_the_assistant_says(tmp_path):
     assert list(found[0].messages) == talk and found[0].targets == ("b",)
     with pytest.raises(UserError, match=r"a\.jsonl:2: 'm' has no message of the role 'assistant'"):
         found[1]
+    source = write(tmp_path, "b.jsonl", json.dumps({"m": talk[1:]}))
+    with pytest.raises(UserError, match=r"b\.jsonl:1: 'm': the assistant speaks first"):
+        documents(complete(source, objective="chat", prompt="{m}", target=""), "train")
+
+
+def test_what_cannot_be_encoded_is_named_by_its_place_or_left_out(tmp_path):
+    """Here a character that the vocabulary lacks, which is only known when it is encoded."""
+    lines = [json.dumps({"q": q, "a": "ab"}) for q in ("a", "\u00e9", "b")]
+    tokenizer, source = CharacterTokenizer("ab?"), write(tmp_path, "a.jsonl", "\n".join(lines))
+    with (
+        train_stream(complete(source, shuffle=False), tokenizer, seed=0) as stream,
+        pytest.raises(UserError, match=r"a\.jsonl:2: the character '\\xe9'.*on_error"),
+    ):
+        list(stream)
+    with train_stream(complete(source, on_error="skip"), tokenizer, seed=0) as stream:
+        assert sum(batch["weights"].sum() for batch in stream) == 4  # 'ab' twice
+
+
+def test_nothing_to_learn_ends_a_run(tmp_path):
+    source = write(tmp_path, "a.jsonl", json.dumps({"q": "a", "a": ""}))
+    config = complete(source, epochs=None, on_error="skip")
+    with (
+        train_stream(config, CharacterTokenizer("a?"), seed=0) as stream,
+        pytest.raises(UserError, match="nothing to predict"),
+    ):
+        next(stream)
 
 
 def test_batches_of_examples_are_the_same_on_any_number_of_processes(tmp_path):

@@ -15,6 +15,7 @@ import transformers as hf
 from tiny_models import BERT, LLAMA, build, on_devices
 
 from lm_jax.config import Config, ModelConfig, RopeScaling
+from lm_jax.data.examples import Example
 from lm_jax.data.tokenizer_base import BytesTokenizer, CharacterTokenizer
 from lm_jax.errors import UserError
 from lm_jax.evaluation.classifier import classify
@@ -48,6 +49,10 @@ CASES = {
     "gemma 3": ("Gemma3Text", GEMMA),
 }
 COMPUTED = ("bert", "roberta", "gpt2", "llama", "gemma 2")  # of the others the tensors are compared
+
+
+def examples(texts):
+    return [Example(text, ()) for text in texts]
 
 
 def random_model(case: str, **config):
@@ -101,7 +106,7 @@ def test_a_classifier_comes_and_goes(case, tmp_path):
     if case in COMPUTED:
         model = params_lib.bind(skeleton_of(config), parameters)
         with jax.set_mesh(on_devices((1, 1, 1))), jax.default_matmul_precision("highest"):
-            got = classify(model, LETTERS, ROWS, length=48)
+            got = classify(model, LETTERS, examples(ROWS), length=48)
         want = probabilities(theirs, [LETTERS.encode(text) for text in ROWS])
         np.testing.assert_allclose(got, want, atol=1e-4)
         assert want.std(0).max() > 0.02  # the rows are told apart
@@ -213,7 +218,7 @@ def ours(path: pathlib.Path, texts: list[str]) -> np.ndarray:
     mesh = on_devices((1, 1, 1))
     loaded = load_for_inference(str(path), mesh, None, "float32")
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        return classify(loaded.model, loaded.tokenizer, texts, length=48)
+        return classify(loaded.model, loaded.tokenizer, examples(texts), length=48)
 
 
 @pytest.mark.parametrize("case", ["bert", "gpt2"])
@@ -297,7 +302,7 @@ def test_a_causal_classifier_of_our_own_and_its_padding(tmp_path):
     family, missing = conversion.to_huggingface(loaded, str(tmp_path / "out"))
     assert (family, missing) == ("llama", None)
     with jax.set_mesh(on_devices((1, 1, 1))), jax.default_matmul_precision("highest"):
-        got = classify(loaded.model, loaded.tokenizer, ROWS, length=32)
+        got = classify(loaded.model, loaded.tokenizer, examples(ROWS), length=32)
     np.testing.assert_allclose(told(tmp_path / "out", ROWS), got, atol=1e-4)
     np.testing.assert_allclose(ours(tmp_path / "out", ROWS), got, atol=1e-5)
     # Where each id is that of a character, none can be padding: Transformers takes one row then.
