@@ -17,6 +17,7 @@ others, set --config.data.prompt, --config.data.target, --config.data.context an
 --config.data.validation_sources.
 """
 
+from lm_jax.applications import APPLICATIONS, EXTRACT
 from lm_jax.config import (
     CheckpointConfig,
     Config,
@@ -48,9 +49,7 @@ def get_config(variant: str = "published") -> Config:
         model = encoder(layers, width, heads, head="span", dropout=dropout)
         data = DataConfig(
             objective="extract",
-            prompt="{question}",
-            context="{context}",
-            target="{answers}",
+            **EXTRACT,
             answer_starts="answer_starts",
             stride=length // 3,
         )
@@ -58,8 +57,8 @@ def get_config(variant: str = "published") -> Config:
         model = prefix_lm(layers, width, heads, max_length=length, dropout=dropout)
         data = DataConfig(
             objective="chat",
-            prompt="Answer the question with a few words of the text.\n\nText: {context}\n\nQuestion: {question}",
-            target="{answers}",
+            prompt=APPLICATIONS["answer"].prompt,
+            target=APPLICATIONS["answer"].target,
         )
     data.length, data.batch_size, data.packing = length, rows, "first_fit"
     return Config(

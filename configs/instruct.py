@@ -10,6 +10,7 @@ Examples are records with the field `messages`, a list of objects with `role` an
 --config.data.sources and --config.data.validation_sources.
 """
 
+from lm_jax.applications import APPLICATIONS
 from lm_jax.config import (
     CheckpointConfig,
     Config,
@@ -40,8 +41,8 @@ def get_config(variant: str = "published") -> Config:
         tokenizer=TokenizerConfig(kind="sentencepiece", vocab_size=vocabulary),
         data=DataConfig(
             objective="chat",
-            prompt="{messages}",
-            target="",
+            prompt=APPLICATIONS["instruct"].prompt,
+            target=APPLICATIONS["instruct"].target,
             length=length,
             batch_size=rows,
             packing="first_fit",

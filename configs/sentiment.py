@@ -9,6 +9,7 @@ Examples are records with the fields `text` and `label` (a number or a name); fo
 --config.data.sources and --config.data.validation_sources.
 """
 
+from lm_jax.applications import APPLICATIONS
 from lm_jax.config import (
     CheckpointConfig,
     Config,
@@ -40,8 +41,8 @@ def get_config(variant: str = "scratch") -> Config:
         tokenizer=TokenizerConfig(kind="sentencepiece", vocab_size=vocabulary),
         data=DataConfig(
             objective="classify",
-            prompt="{text}",
-            target="{label}",
+            prompt=APPLICATIONS["sentiment"].prompt,
+            target=APPLICATIONS["sentiment"].target,
             labels=("negative", "positive"),
             length=length,
             batch_size=batch,

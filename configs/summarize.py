@@ -10,6 +10,7 @@ and --config.data.target. Name the files with --config.data.sources and
 --config.data.validation_sources.
 """
 
+from lm_jax.applications import APPLICATIONS
 from lm_jax.config import (
     CheckpointConfig,
     Config,
@@ -40,8 +41,8 @@ def get_config(variant: str = "published") -> Config:
         tokenizer=TokenizerConfig(kind="sentencepiece", vocab_size=vocabulary),
         data=DataConfig(
             objective="chat",
-            prompt="Summarize the following dialogue.\n\n{dialogue}",
-            target="{summary}",
+            prompt=APPLICATIONS["summarize"].prompt,
+            target=APPLICATIONS["summarize"].target,
             length=length,
             batch_size=rows,
             packing="first_fit",

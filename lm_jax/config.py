@@ -13,6 +13,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from lm_jax.applications import APPLICATIONS
+
 field = dataclasses.field
 
 
@@ -143,14 +145,6 @@ class TokenizerConfig:
 
 # Objectives whose data are examples, records with fields, and not running text.
 OF_EXAMPLES = ("complete", "chat", "classify", "extract")
-# Applications -> objectives of the models that can do them.
-OBJECTIVES_OF = {
-    "translate": ("complete", "chat"),
-    "sentiment": ("classify",),
-    "summarize": ("complete", "chat"),
-    "answer": ("complete", "chat", "extract"),
-    "instruct": ("complete", "chat"),
-}
 # Heads that score no vocabulary, which are drawn anew where a model was trained for another end.
 OWN_HEADS = {"classify": "classify", "extract": "span"}  # of objectives
 LEAST_MASKED_LENGTH = 3  # tokens of a row: [CLS], one that can be masked, [SEP]
@@ -217,9 +211,7 @@ class TaskConfig:
     """What the examples are for: how answers are obtained and scored, of the validation split."""
 
     # Which application, and with it the metrics; none: the loss alone.
-    name: str = choice(
-        "none", "translate", "sentiment", "summarize", "answer", "instruct", resumable=True
-    )
+    name: str = choice("none", *APPLICATIONS, resumable=True)
     metrics: tuple[str, ...] = resumable(())  # (): those of the task
     max_tokens: int | None = resumable(None)  # of an answer; None: the task's
     beams: int = resumable(1)  # 1: greedily, the most probable token each time

@@ -5,9 +5,8 @@ the run's own validation split. A masked language model is measured on masked to
 
 python -m lm_jax.evaluate --task=TASK --model=DIR [--source=FILE ...] [--output=FILE.jsonl]
 
-An application on examples: translate, sentiment, summarize, answer or instruct. Answers are scored
-as the field does, with 95% intervals. --output gets each prediction; one that was begun is gone on
-with.
+An application on examples, such as translate. Answers are scored as the field does, with 95%
+intervals. --output gets each prediction; one that was begun is gone on with.
 
 python -m lm_jax.evaluate --task=crows_pairs --model=DIR --source=FILE.csv [--output=FILE.jsonl]
 
@@ -27,14 +26,15 @@ from typing import Any
 from absl import flags
 
 from lm_jax import cli
+from lm_jax.applications import APPLICATIONS
 from lm_jax.errors import UserError
 
 _MODEL = cli.define_model_flag()
 _TASK = flags.DEFINE_string(
     "task",
     None,
-    "Which task: translate, sentiment, summarize, answer, instruct, crows_pairs, or"
-    " lm_eval:TASK[,TASK]. Default: the loss of a text.",
+    f"Which task: {', '.join(APPLICATIONS)}, crows_pairs, or lm_eval:TASK[,TASK]. Default: the loss"
+    " of a text.",
 )
 _TASK_PATH = flags.DEFINE_string("task_path", None, "Of lm_eval: a folder of your own task files.")
 _SOURCE = flags.DEFINE_multi_string(
@@ -114,7 +114,7 @@ def _prepare(kind: str, where: str) -> dict[str, Any]:
 def _loss(model: str) -> dict[str, Any]:
     settings = _prepare("loss", "without --task")
 
-    from lm_jax.training.evaluation import evaluate_model
+    from lm_jax.evaluators.loss import evaluate_model
 
     overrides = {
         "document": _DOCUMENT.value,
@@ -136,7 +136,7 @@ def _lm_eval(model: str, names: list[str]) -> dict[str, Any]:
         raise UserError("--task: name the harness's tasks, as in --task=lm_eval:piqa,sciq")
     settings = _prepare("lm_eval", "for --task=lm_eval")
 
-    from lm_jax.training.standard_tasks import run_lm_eval
+    from lm_jax.evaluators.lm_eval import run_lm_eval
 
     return run_lm_eval(model, names, task_path=_TASK_PATH.value, output=_OUTPUT.value, **settings)
 
@@ -148,7 +148,7 @@ def _crows_pairs(model: str) -> dict[str, Any]:
         )
     settings = _prepare("crows_pairs", "for --task=crows_pairs")
 
-    from lm_jax.training.standard_tasks import run_crows_pairs
+    from lm_jax.evaluators.crows_pairs import run_crows_pairs
 
     return run_crows_pairs(model, _SOURCE.value[0], output=_OUTPUT.value, **settings)
 
@@ -156,7 +156,7 @@ def _crows_pairs(model: str) -> dict[str, Any]:
 def _application(model: str, task: str) -> dict[str, Any]:
     settings = _prepare("application", f"for --task={task}")
 
-    from lm_jax.training.applications import evaluate_task, to_text
+    from lm_jax.evaluators.application import evaluate_task, to_text
 
     report, result = evaluate_task(
         model,

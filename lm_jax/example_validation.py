@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from lm_jax.config import OBJECTIVES_OF, OF_EXAMPLES, Config
+from lm_jax.applications import APPLICATIONS
+from lm_jax.config import OF_EXAMPLES, Config
 from lm_jax.errors import UserError
 from lm_jax.model_validation import Check
 from lm_jax.template import Template
@@ -125,7 +126,7 @@ def _check_windows(config: Config) -> Iterator[Check]:
 def task_checks(config: Config) -> Iterator[Check]:
     """Whether the task is one that the data is about."""
     task, objective = config.task, config.data.objective
-    wanted = OBJECTIVES_OF.get(task.name, ())
+    wanted = APPLICATIONS[task.name].objectives if task.name in APPLICATIONS else ()
     yield (
         task.name == "none" or objective in wanted,
         "task.name",

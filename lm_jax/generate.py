@@ -72,8 +72,8 @@ def main(argv: list[str]) -> None:
 
     from lm_jax.config import MeshConfig
     from lm_jax.generation.decoding import Generator
+    from lm_jax.progress import progress
     from lm_jax.sharding.mesh import make_mesh
-    from lm_jax.training.metrics import progress_bar
     from lm_jax.training.weights import load_for_inference
 
     if TENSOR.value > jax.device_count():
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
     _warn_of_specials(prompts, loaded.tokenizer.specials.values())
     if stream:
         print(prompts[0], end="", flush=True)
-    several = progress_bar("prompts", len(prompts)) if len(prompts) > 1 else nullcontext()
+    several = progress("prompts", len(prompts)) if len(prompts) > 1 else nullcontext()
     with jax.set_mesh(mesh), several as count:
         common = {
             "max_tokens": MAX_TOKENS.value,

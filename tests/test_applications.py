@@ -8,7 +8,7 @@ import commands
 import pytest
 
 from lm_jax.errors import UserError
-from lm_jax.training.applications import evaluate_task
+from lm_jax.evaluators.application import evaluate_task
 from lm_jax.training.loop import train
 
 WORDS = {"dog": "hund", "cat": "katze", "man": "mann", "runs": "rennt", "sleeps": "schlaeft"}

@@ -160,7 +160,7 @@ def test_a_run_lives_in_a_bucket(bucket, monkeypatch, tmp_path):
     from orbax.checkpoint._src.path import gcs_utils
     from orbax.checkpoint._src.path import step as step_lib
 
-    from lm_jax.training.evaluation import evaluate_model
+    from lm_jax.evaluators.loss import evaluate_model
     from lm_jax.training.loop import train
 
     monkeypatch.setattr(

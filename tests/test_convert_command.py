@@ -16,10 +16,10 @@ from tiny_models import on_devices
 
 from lm_jax.config import Config, LoraConfig
 from lm_jax.errors import UserError
+from lm_jax.evaluators.loss import evaluate_model
 from lm_jax.generation.decoding import Generator
 from lm_jax.generation.sampling import Sampling
 from lm_jax.training import conversion
-from lm_jax.training.evaluation import evaluate_model
 from lm_jax.training.loop import train
 from lm_jax.training.weights import load_for_inference
 

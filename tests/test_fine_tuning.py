@@ -16,11 +16,11 @@ from commands import environment, kill_after, losses, stored_arrays, tiny
 from lm_jax.config import NOT_OF_THE_WEIGHTS, Config, LoraConfig, MeshConfig, ModelConfig
 from lm_jax.data.tokenizer import load_tokenizer
 from lm_jax.errors import UserError
+from lm_jax.evaluators.loss import evaluate_model
 from lm_jax.interop.export import save_pretrained
 from lm_jax.model import parameters as params_lib
 from lm_jax.sharding.mesh import make_mesh
 from lm_jax.training import weights
-from lm_jax.training.evaluation import evaluate_model
 from lm_jax.training.loop import train
 from lm_jax.training.weights import load_for_inference
 from lm_jax.training.workdir import read_config

@@ -1,13 +1,13 @@
 """Applications: what is asked of a model, how its answers are obtained, and how they are scored."""
 
 import dataclasses
-import difflib
 import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm_jax import paths
+from lm_jax.applications import find
 from lm_jax.config import DataConfig, TaskConfig
 from lm_jax.data.encoding import prompt_within
 from lm_jax.data.examples import Example
@@ -24,68 +24,13 @@ from lm_jax.model.transformer import Transformer
 _GREEDY = Sampling(temperature=0.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What `--task` stands for.
-
-    Attributes:
-      objective: as data.objective; of a published model that can chat, 'chat' in place of
-        'complete'.
-      prompt, target: templates for a model that was not trained on examples of its own.
-      metrics: keys of `lm_jax.evaluation.metrics.METRICS`, the most telling one first.
-      max_tokens: of an answer.
-    """
-
-    objective: str
-    prompt: str
-    target: str
-    metrics: tuple[str, ...]
-    max_tokens: int = 128
-
-
-TASKS = {
-    "translate": Task("complete", "", "", ("bleu", "chrf")),
-    "sentiment": Task("classify", "{text}", "{label}", ("accuracy", "macro_f1")),
-    "summarize": Task(
-        "complete",
-        "Summarize the following dialogue.\n\n{dialogue}",
-        "{summary}",
-        ("rougeL", "rouge1", "rouge2"),
-    ),
-    "answer": Task(
-        "complete",
-        "Answer the question with a few words of the text.\n\nText: {context}\n\n"
-        "Question: {question}",
-        "{answers}",
-        ("f1", "exact_match"),
-        32,
-    ),
-    "instruct": Task("chat", "{messages}", "", ("rougeL", "chrf"), 256),
-}
-
-
-def find_task(name: str) -> Task:
-    """
-    Raises:
-      UserError: there is no such task.
-    """
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise UserError(
-            f"--task: no task '{name}'{hint} (there are {', '.join(TASKS)}, crows_pairs and"
-            " lm_eval:TASK[,TASK])"
-        )
-    return TASKS[name]
-
-
 def metrics_of(task: TaskConfig) -> tuple[str, ...]:
     """The metrics of a task, the most telling one first.
 
     Raises:
       UserError: there is no such task or metric.
     """
-    names = task.metrics or find_task(task.name).metrics
+    names = task.metrics or find(task.name).metrics
     check_names(names)
     return names
 
@@ -167,7 +112,7 @@ def _plain(text: str) -> str:
 
 
 def _texts(model, tokenizer, examples, data, task, batch_size, on_done) -> list[dict[str, Any]]:
-    kind, limit = find_task(task.name), model.config.max_length
+    kind, limit = find(task.name), model.config.max_length
     most = task.max_tokens or kind.max_tokens
     room = max(limit - most, limit // 2)  # an answer has what its prompt leaves
     prompts = [prompt_within(example, tokenizer, room)[0] for example in examples]
@@ -208,7 +153,7 @@ def _classes(model, tokenizer, examples, data, task, batch_size, on_done) -> lis
 
 
 def _spans(model, tokenizer, examples, data, task, batch_size, on_done) -> list[dict[str, Any]]:
-    most = task.max_tokens or find_task(task.name).max_tokens
+    most = task.max_tokens or find(task.name).max_tokens
     found = extract(
         model,
         tokenizer,

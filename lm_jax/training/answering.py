@@ -14,8 +14,8 @@ from lm_jax.data.sources import documents
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.evaluation.tasks import metrics_of, run_task
 from lm_jax.model.transformer import Transformer
+from lm_jax.progress import progress
 from lm_jax.training.checkpoint import Checkpoints, stored
-from lm_jax.training.metrics import progress_bar
 from lm_jax.training.step import TrainState
 
 BEST = "best"
@@ -45,7 +45,7 @@ class Answering:
 
     def evaluate(self, model: Transformer) -> dict[str, float]:
         """The score of each metric."""
-        with progress_bar("examples") as on_done:
+        with progress("examples", len(self.examples)) as on_done:
             result = run_task(
                 model,
                 self.tokenizer,

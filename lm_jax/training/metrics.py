@@ -6,11 +6,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 
 from lm_jax import paths
 from lm_jax.config import Config
 from lm_jax.errors import UserError
+from lm_jax.progress import clock
 
 
 class Metrics:
@@ -118,22 +118,6 @@ class Stopwatch:
         return seconds
 
 
-@contextlib.contextmanager
-def progress_bar(unit: str, total: int | None = None) -> Iterator[Callable[[int], None] | None]:
-    """A counter on a terminal: call it with how many are done. None where there is no terminal.
-
-    Args:
-      total: how many there are, if that is known.
-    """
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=f" {unit}", dynamic_ncols=True, leave=False) as bar:
-        yield lambda done: bar.update(done - bar.n)
-
-
 def _drop_after(path: str, step: int) -> None:
     """Removes the lines of steps that will be run again, and a line cut off by a kill."""
     if not paths.exists(path):
@@ -172,7 +156,7 @@ def speed(values: dict[str, float], seconds_left: float) -> str:
     parts = [f"{_short(values['tokens_per_second'])} tokens/s"]
     if "mfu" in values:
         parts.append(f"MFU {values['mfu']:.1%}")
-    return " | ".join([*parts, f"{_clock(seconds_left)} left"])
+    return " | ".join([*parts, f"{clock(seconds_left)} left"])
 
 
 def _short(n: float) -> str:
@@ -180,9 +164,3 @@ def _short(n: float) -> str:
         if n >= size:
             return f"{n / size:.1f}{unit}"
     return f"{n:.0f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,7 +1,10 @@
 """What a published model can be asked, as the data of a run of its own would say it."""
 
+import dataclasses
+
 import numpy as np
 
+from lm_jax.applications import APPLICATIONS, EXTRACT
 from lm_jax.config import DataConfig, ModelConfig
 from lm_jax.data.encoding import with_ends_to_classify
 from lm_jax.data.tokenizer import Tokenizer
@@ -23,7 +26,8 @@ def data_of(path: str, model: ModelConfig, tokenizer: Tokenizer) -> DataConfig:
     data.length = min(data.length, model.max_length)
     if classes := pretrained.read_classes(path):
         data.objective, data.labels = "classify", classes.names
-        data.prompt, data.target = "{text}", "{label}"
+        words = APPLICATIONS["sentiment"]
+        data.prompt, data.target = words.prompt, words.target
         end = _end_of(tokenizer) if model.causal else None
         if end is not None and end == classes.pad_id:
             raise UserError(
@@ -32,8 +36,7 @@ def data_of(path: str, model: ModelConfig, tokenizer: Tokenizer) -> DataConfig:
                 " and lm_jax at the last"
             )
     if model.head == "span":
-        data.objective, data.prompt = "extract", "{question}"
-        data.context, data.target = "{context}", "{answers}"
+        data = dataclasses.replace(data, objective="extract", **EXTRACT)
         data.length = min(_WINDOW, data.length)
         data.stride = data.length // 3
     return data

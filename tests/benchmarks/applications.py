@@ -25,9 +25,9 @@ import jax
 import torch
 import transformers
 
+from lm_jax.applications import find
 from lm_jax.evaluation.metrics import score
-from lm_jax.evaluation.tasks import find_task
-from lm_jax.training.applications import evaluate_task
+from lm_jax.evaluators.application import evaluate_task
 
 
 def reference(folder: str, prompts: list[str], max_tokens: int) -> list[str]:
@@ -63,7 +63,7 @@ def main() -> None:
     flags.add_argument("--max_tokens", type=int, help="of an answer")
     given = flags.parse_args()
 
-    max_tokens = given.max_tokens or find_task(given.task).max_tokens
+    max_tokens = given.max_tokens or find(given.task).max_tokens
     began = time.perf_counter()
     report, result = evaluate_task(
         given.model,
@@ -77,7 +77,7 @@ def main() -> None:
     ours = [r["prediction"] for r in result.records]
     began = time.perf_counter()
     theirs = reference(given.model, [r["prompt"] for r in result.records], max_tokens)
-    names = find_task(given.task).metrics
+    names = find(given.task).metrics
     references = [[t.strip() for t in r["references"]] for r in result.records]
     beside = score(names, theirs, references)
     out = {

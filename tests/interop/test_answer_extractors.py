@@ -15,8 +15,8 @@ from tiny_models import on_devices
 from lm_jax.config import Config
 from lm_jax.data.examples import Example
 from lm_jax.evaluation.extractor import extract
+from lm_jax.evaluators.application import evaluate_task
 from lm_jax.training import conversion
-from lm_jax.training.applications import evaluate_task
 from lm_jax.training.loop import train
 from lm_jax.training.weights import load_for_inference, resolved
 from lm_jax.validation import validate

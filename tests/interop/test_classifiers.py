@@ -19,12 +19,12 @@ from lm_jax.data.examples import Example
 from lm_jax.data.tokenizer_base import BytesTokenizer, CharacterTokenizer
 from lm_jax.errors import UserError
 from lm_jax.evaluation.classifier import classify
+from lm_jax.evaluators.application import evaluate_task
 from lm_jax.interop import pretrained
 from lm_jax.interop.export import save_pretrained
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.transformer import skeleton_of
 from lm_jax.training import conversion, weights
-from lm_jax.training.applications import evaluate_task
 from lm_jax.training.loop import train
 from lm_jax.training.published import padding_of
 from lm_jax.training.weights import Loaded, Source, load_for_inference

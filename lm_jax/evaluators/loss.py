@@ -11,9 +11,9 @@ from lm_jax.data.held_out import validation_batches
 from lm_jax.errors import UserError
 from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
 from lm_jax.model import parameters as params_lib
+from lm_jax.progress import progress
 from lm_jax.sharding.mesh import batch_shards, make_mesh, to_devices
 from lm_jax.training.masking import make_masking
-from lm_jax.training.metrics import progress_bar
 from lm_jax.training.step import make_step
 from lm_jax.training.weights import load_for_inference
 
@@ -63,7 +63,7 @@ def evaluate_model(
     masking = make_masking(config.data, tokenizer, config.model.vocab_size)
     evaluate = jax.jit(make_step(config, shards, masking).evaluate)
     sources = config.data.validation_sources or config.data.sources
-    with jax.set_mesh(mesh), progress_bar("batches") as count:
+    with jax.set_mesh(mesh), progress("batches") as count:
         lengths = to_devices(byte_lengths(tokenizer, config.model.vocab_size), mesh)
         parameters = params_lib.split(model)
         try:

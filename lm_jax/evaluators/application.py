@@ -7,16 +7,17 @@ from typing import Any
 
 import jax
 
-from lm_jax.config import OBJECTIVES_OF, OF_EXAMPLES, DataConfig, MeshConfig, TaskConfig
+from lm_jax.applications import find
+from lm_jax.config import OF_EXAMPLES, DataConfig, MeshConfig, TaskConfig
 from lm_jax.data.chat import chat_template_of
 from lm_jax.data.sources import documents
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.evaluation.metrics import table
-from lm_jax.evaluation.tasks import Result, find_task, metrics_of, read_records, run_task
+from lm_jax.evaluation.tasks import Result, metrics_of, read_records, run_task
+from lm_jax.progress import progress
 from lm_jax.sharding.mesh import make_mesh
 from lm_jax.template import Template
-from lm_jax.training.metrics import progress_bar
 from lm_jax.training.weights import load_for_inference
 
 
@@ -39,7 +40,7 @@ def evaluate_task(
 
     Args:
       path: a workdir or a Hugging Face folder.
-      name: a key of `lm_jax.evaluation.tasks.TASKS`.
+      name: a key of `lm_jax.applications.APPLICATIONS`.
       sources: files of examples; (): the run's own validation split.
       prompt, target: templates; None: the run's, if it learned from examples, or the task's.
       output: a file for the predictions, JSON lines. What is in it from before is not done again.
@@ -72,7 +73,7 @@ def evaluate_task(
     known = read_records(output, examples) if output else []
     with (
         jax.set_mesh(mesh),
-        progress_bar("examples") as on_done,
+        progress("examples", count, start=len(known)) as on_done,
         _recorder(output) as on_record,
     ):
         result = run_task(
@@ -106,16 +107,16 @@ def _data(
     own: DataConfig, name: str, tokenizer: Tokenizer, prompt: str | None, target: str | None
 ) -> DataConfig:
     """What the examples are made of."""
-    kind, data = find_task(name), dataclasses.replace(own)
+    kind, data = find(name), dataclasses.replace(own)
     if own.objective not in OF_EXAMPLES:
-        if kind.objective == "classify":
+        if kind.objectives == ("classify",):
             raise UserError(f"--task={name}: this model was not trained to tell classes apart")
-        data.objective, data.prompt, data.target = kind.objective, kind.prompt, kind.target
+        data.objective, data.prompt, data.target = kind.objectives[0], kind.prompt, kind.target
         if data.objective == "complete" and chat_template_of(tokenizer):
             data.objective = "chat"
         # The run's own text is nothing to ask about.
         data.sources = data.validation_sources = ()
-    elif own.objective not in OBJECTIVES_OF[name]:
+    elif own.objective not in kind.objectives:
         raise UserError(f"--task={name}: this model was trained for objective '{own.objective}'")
     data.prompt = data.prompt if prompt is None else prompt
     data.target = data.target if target is None else target
