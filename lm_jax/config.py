@@ -180,6 +180,10 @@ class DataConfig:
     # number.
     # A field may hold several right answers; the first is learned.
     target: str = ""
+    # chat: the answers of a conversation are learned in one example, or each in one of its own, to
+    # which all before it is given. None: together but, as prefix attention reads all that is given
+    # both ways, apart with it.
+    turns: str | None = field(default=None, metadata={"choices": (None, "together", "apart")})
     context: str = ""  # extract: the text that the answer is a part of, as '{context}'
     # extract: the field that says at which characters of the context the answers begin; '': their
     # first place in it.

@@ -50,6 +50,17 @@ def example_checks(config: Config) -> Iterator[Check]:
         f"objective '{data.objective}' has no classes: leave it out",
     )
     yield (
+        data.objective == "chat" or data.turns is None,
+        "data.turns",
+        f"objective '{data.objective}' has no conversations: leave it out",
+    )
+    yield (
+        data.turns != "together" or not model.prefix_attention,
+        "data.turns",
+        "with model.prefix_attention an answer is given all before it both ways, and so has to be"
+        " learned: 'apart'",
+    )
+    yield (
         classify or data.label_token is None,
         "data.label_token",
         f"objective '{data.objective}' has no classes: leave it out",

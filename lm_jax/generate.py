@@ -20,6 +20,9 @@ PROMPT = flags.DEFINE_multi_string(
 PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "More prompts: one a line, or (.jsonl) objects with the key 'prompt'."
 )
+CHAT = flags.DEFINE_bool(
+    "chat", False, "Answer what a user says, each prompt by itself, in the model's chat template."
+)
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "The most to generate a prompt.", 1)
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0: always the most probable token.")
 TOP_K = flags.DEFINE_integer("top_k", 50, "Draw from the so many most probable tokens; 0: all.")
@@ -48,7 +51,7 @@ STREAM = flags.DEFINE_bool(
 def main(argv: list[str]) -> None:
     del argv
     path = cli.model_of(MODEL)
-    from lm_jax.generation.prompts import read_prompts
+    from lm_jax.generation.prompts import as_questions, read_prompts
     from lm_jax.generation.sampling import Sampling
 
     search = _beam_search()
@@ -56,6 +59,8 @@ def main(argv: list[str]) -> None:
         TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, REPETITION_PENALTY.value
     ).validate()
     prompts = PROMPT.value + (read_prompts(PROMPT_FILE.value) if PROMPT_FILE.value else [])
+    if CHAT.value and not prompts:
+        raise UserError("--chat: what does the user say? give --prompt='...'")
     prompts = prompts or [""]
     stream = STREAM.value
     if stream is None:
@@ -82,9 +87,13 @@ def main(argv: list[str]) -> None:
     loaded = load_for_inference(path, mesh, STEP.value, DTYPE.value)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows '?'
     generator = Generator(loaded.model, loaded.tokenizer)
-    _warn_of_specials(prompts, loaded.tokenizer.specials.values())
-    if stream:
-        print(prompts[0], end="", flush=True)
+    asked = prompts
+    if CHAT.value:
+        asked = as_questions(prompts, loaded.tokenizer, loaded.config.data.objective)
+    else:
+        _warn_of_specials(prompts, loaded.tokenizer.specials.values())
+        if stream:
+            print(prompts[0], end="", flush=True)
     several = progress("prompts", len(prompts)) if len(prompts) > 1 else nullcontext()
     with jax.set_mesh(mesh), several as count:
         common = {
@@ -93,16 +102,18 @@ def main(argv: list[str]) -> None:
             "batch_size": BATCH_SIZE.value,
         }
         if search is not None:
-            completions = generator.beam_search(prompts, **search, **common)
+            completions = generator.beam_search(asked, **search, **common)
         else:
             completions = generator.generate(
-                prompts,
+                asked,
                 sampling=sampling,
                 seed=SEED.value,
                 stop=[_unescaped(s) for s in STOP.value],
                 on_text=(lambda row, text: print(text, end="", flush=True)) if stream else None,
                 **common,
             )
+    if CHAT.value:  # without what the template wrote
+        completions = [dataclasses.replace(c, prompt=p) for c, p in zip(completions, prompts)]
     if stream:
         print()
     if OUTPUT.value:
@@ -111,7 +122,8 @@ def main(argv: list[str]) -> None:
                 f.write(json.dumps(dataclasses.asdict(c), ensure_ascii=False) + "\n")
         print(f"wrote {len(completions)} completion(s) to {OUTPUT.value}", file=sys.stderr)
     elif not stream:
-        print(f"\n{'-' * 40}\n".join(c.prompt + c.text for c in completions))
+        texts = [c.text if CHAT.value else c.prompt + c.text for c in completions]
+        print(f"\n{'-' * 40}\n".join(texts))
 
 
 def _beam_search() -> dict[str, int | float] | None:

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from lm_jax.config import MeshConfig
-    from lm_jax.data.chat import chat_template_of
+    from lm_jax.data.chat import chat_template_for
     from lm_jax.serving.http import Server
     from lm_jax.serving.scheduler import Scheduler
     from lm_jax.serving.service import Limits, Service
@@ -73,7 +73,8 @@ def main(argv: list[str]) -> None:
         connections=_SLOTS.value + _QUEUE.value + 64,  # some of them idle, or about to be refused
     )
     name = _NAME.value or os.path.basename(os.path.abspath(path))
-    service = Service(scheduler, name, chat_template_of(loaded.tokenizer), limits)
+    template = chat_template_for(loaded.tokenizer, loaded.config.data.objective)
+    service = Service(scheduler, name, template, limits)
     stop = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 

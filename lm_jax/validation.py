@@ -32,6 +32,8 @@ def _derive(config: Config) -> None:
         data.label_token = data.label_token or ("last" if config.model.causal else "first")
         if config.model.head == "classify" and not config.model.labels:
             config.model.labels = len(data.labels)
+    if data.objective == "chat":
+        data.turns = data.turns or ("apart" if config.model.prefix_attention else "together")
     if data.lanes is None and data.batch_size > 0:
         # Hosts share them out: a large batch is one for many hosts.
         most = max(16, data.batch_size // 4)

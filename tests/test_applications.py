@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import random
+import re
+import urllib.request
 
 import commands
 import pytest
@@ -123,3 +125,25 @@ def test_a_recipe_learns_and_is_scored(name, steps, metric, least, tmp_path, cap
     assert again["scores"] == report["scores"]
     with pytest.raises(UserError, match="holds predictions for other examples"):
         evaluate_task(workdir, name, output=str(output), sources=(source,))
+    if name == "instruct":
+        assert talked_with(workdir) == "I see."
+
+
+def talked_with(workdir: str) -> str:
+    """What the assistant says to one who meets it at its server."""
+    server = commands.start("serve", f"--workdir={workdir}", "--port=0", "--slots=1")
+    try:
+        address = re.search(r"serving 'run' at (http://\S+)", server.stdout.readline())[1]
+        body = {"messages": [{"role": "user", "content": "the dog runs"}], "temperature": 0}
+        request = urllib.request.Request(
+            f"{address}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            (choice,) = json.load(response)["choices"]
+    finally:
+        server.kill()
+        server.communicate()
+    assert choice["finish_reason"] == "stop"
+    return choice["message"]["content"].strip()

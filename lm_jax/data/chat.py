@@ -148,6 +148,36 @@ def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
     return ChatTemplate(text, {key: name for key, name in names.items() if name is not None})
 
 
+def chat_template_for(tokenizer: Tokenizer, objective: str) -> ChatTemplate | None:
+    """The template that a model's conversations have: that of its tokenizer or, where none came
+    with it and the model was trained for objective 'chat', ours; None: it knows no conversations.
+
+    Raises:
+      UserError: see `chat_template_of`; or ours needs an eos, and there is none.
+    """
+    found = chat_template_of(tokenizer)
+    return _ours(tokenizer) if found is None and objective == "chat" else found
+
+
+def _ours(tokenizer: Tokenizer) -> ChatTemplate:
+    """Each message on a line, 'User: ...', but what the assistant says ends with eos."""
+    if tokenizer.eos_id is None:
+        raise UserError(
+            f"this tokenizer ({tokenizer.kind}) has no token that ends what an assistant says:"
+            " take another tokenizer.kind (sentencepiece, bytes)"
+        )
+    begin, end = (json.dumps(tokenizer.specials[i]) for i in (tokenizer.begin_id, tokenizer.eos_id))
+    return ChatTemplate(
+        f"{{{{ {begin} }}}}"
+        "{% for message in messages %}"
+        "{{ message.role | capitalize }}: {{ message.content | trim }}"
+        f"{{{{ {end} if message.role == 'assistant' else '\n' }}}}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}",
+        {},
+    )
+
+
 def _environment() -> Any:
     """Jinja as Transformers sets it up, with each pass through a loop or macro counted."""
     import jinja2

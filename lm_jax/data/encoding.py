@@ -6,13 +6,14 @@ do, of 'chat' what the assistant says, of 'classify' one token's, whose target i
 P pairs of an example.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
 import numpy as np
 
 from lm_jax.config import DataConfig
-from lm_jax.data.chat import ChatTemplate, Message, chat_template_of
+from lm_jax.data.chat import ChatTemplate, Message, chat_template_for
 from lm_jax.data.examples import Example
 from lm_jax.data.shortening import within
 from lm_jax.data.tokenizer_base import Tokenizer
@@ -32,7 +33,8 @@ def encode_example(
     example: Example, tokenizer: Tokenizer, config: DataConfig
 ) -> tuple[np.ndarray, bool]:
     """An example's (input, target, whether it counts), int32 [P, 3] with P at most `config.length`,
-    and whether it is whole.
+    and whether it is whole. Of a conversation, with `config.turns` 'together', every answer counts;
+    else the last, and the others are for examples of their own (`by_turn`).
 
     A prompt that is too long is shortened (`lm_jax.data.shortening`) to what its target leaves, or
     to half of the row if that is more; what is too long then is the target, which loses its end.
@@ -52,16 +54,27 @@ def encode_example(
     target = _target_ids(example, tokenizer)
     room = max(length + 1 - len(target), (length + 1) // 2)
     example, prompt, cut = _shortened(example, tokenizer, room)
-    if example.messages:
+    if config.turns == "together":
         tokens, counts = conversation(example.messages, tokenizer)
     else:
-        tokens = np.concatenate([prompt, target])
+        tokens = np.concatenate([prompt, _target_ids(example, tokenizer) if cut else target])
         counts = np.arange(len(tokens)) >= len(prompt)
     whole = not cut and len(tokens) <= length + 1
     tokens, counts = tokens[: length + 1], counts[: length + 1]
     if not counts.any():
         raise UserError("its target has no token, so that there is nothing to learn")
     return np.stack([tokens[:-1], tokens[1:], counts[1:].astype(np.int32)], axis=1), whole
+
+
+def by_turn(example: Example) -> list[Example]:
+    """A conversation for each answer in it, up to that answer. What the assistant says before
+    anybody else does is none."""
+    messages = example.messages
+    return [
+        dataclasses.replace(example, targets=(m["content"],), messages=messages[: i + 1])
+        for i, m in enumerate(messages)
+        if m["role"] == "assistant" and i > 0
+    ]
 
 
 def with_ends_to_classify(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
@@ -125,8 +138,7 @@ def _target_ids(example: Example, tokenizer: Tokenizer) -> np.ndarray:
     """The ids of the first target, encoded by itself, and eos; of a conversation what follows its
     prompt in the chat template."""
     if example.messages:
-        through = _encode_messages(example.messages, tokenizer, False)
-        return through[len(_prompt_ids(example, tokenizer)) :]
+        return _answer(example.messages, tokenizer)[1]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     return np.concatenate([tokenizer.encode(example.targets[0]), np.array(eos, np.int32)])
 
@@ -144,39 +156,42 @@ def conversation(
     ids = _encode_messages(messages, tokenizer, False)
     counts = np.zeros(len(ids), bool)
     for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i == 0:  # what nobody asked for
+        if message["role"] != "assistant" or i == 0:
             continue
-        before = _encode_messages(messages[:i], tokenizer, True)
-        through = _encode_messages(messages[: i + 1], tokenizer, False)
-        same = np.array_equal(through[: len(before)], before)
-        if not same or not np.array_equal(ids[: len(through)], through):
+        before, said = _answer(messages[: i + 1], tokenizer)
+        through = np.concatenate([before, said])
+        if not np.array_equal(ids[: len(through)], through):
             raise UserError(
-                f"the chat template writes message {i + 1} of a conversation otherwise"
-                + (" when it is yet to be said" if not same else " when more follows")
-                + ": what is to be learned of it cannot be told"
+                f"the chat template writes message {i + 1} of a conversation otherwise when more"
+                " follows: set data.turns='apart', to have each answer learned by itself"
             )
         counts[len(before) : len(through)] = True
     return ids, counts
 
 
+def _answer(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The ids up to the last message, the assistant's, and those of it.
+
+    Raises:
+      UserError: the chat template does not take the messages, or writes the last of them otherwise
+        than one that is to be said.
+    """
+    before = _encode_messages(messages[:-1], tokenizer, True)
+    through = _encode_messages(messages, tokenizer, False)
+    if not np.array_equal(through[: len(before)], before):
+        raise UserError(
+            f"the chat template writes message {len(messages)} of a conversation otherwise when it"
+            " is yet to be said: what is to be learned of it cannot be told"
+        )
+    return before, through[len(before) :]
+
+
 def _encode_messages(
     messages: Sequence[Message], tokenizer: Tokenizer, to_be_continued: bool
 ) -> np.ndarray:
-    template = _template(tokenizer)
-    if template is not None:
-        return template.encode(tokenizer, messages, to_be_continued)
-    # A model of our own: 'User: ...', a line each, and what the assistant says ends with eos.
-    eos = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], np.int32)
-    parts = [tokenizer.encode_prompt("")]
-    for message in messages:
-        parts.append(tokenizer.encode(f"{message['role'].capitalize()}:"))
-        parts.append(tokenizer.encode(f" {message['content']}"))
-        parts.append(eos if message["role"] == "assistant" else tokenizer.encode("\n"))
-    if to_be_continued:
-        parts.append(tokenizer.encode("Assistant:"))
-    return np.concatenate(parts).astype(np.int32)
+    return _template(tokenizer).encode(tokenizer, messages, to_be_continued)
 
 
 @functools.lru_cache(maxsize=4)
-def _template(tokenizer: Tokenizer) -> ChatTemplate | None:
-    return chat_template_of(tokenizer)
+def _template(tokenizer: Tokenizer) -> ChatTemplate:
+    return chat_template_for(tokenizer, "chat")

@@ -25,7 +25,8 @@ import grain
 import numpy as np
 
 from lm_jax.config import DataConfig
-from lm_jax.data.encoding import encode_example, with_ends
+from lm_jax.data.chat import chat_template_for
+from lm_jax.data.encoding import by_turn, encode_example, with_ends
 from lm_jax.data.examples import Example
 from lm_jax.data.spans import windows
 from lm_jax.data.tokenizer_base import Tokenizer
@@ -55,7 +56,8 @@ def as_pairs(tokens: np.ndarray, ahead: int) -> np.ndarray:
 class Encode(grain.experimental.FlatMapTransform):
     """A document to its pieces {'pairs': int32 [P, 2]}, P at most `longest` where that is given.
 
-    An example is one piece {'pairs': int32 [P, 3]}, or one for each window of its context.
+    An example is one piece {'pairs': int32 [P, 3]}, or one for each window of its context, or for
+    each answer in its conversation.
 
     Raises:
       UserError: as many documents in a row as the corpus holds have not a single target.
@@ -70,6 +72,10 @@ class Encode(grain.experimental.FlatMapTransform):
         self.ahead = targets_ahead(config)
         self.own_ends = config.objective == "masked" and config.packing == "first_fit"
         self.config = config
+        if config.objective == "chat":
+            if config.turns is None:
+                raise ValueError("data.turns is None: lm_jax.validation.validate fills it in")
+            chat_template_for(tokenizer, "chat")  # that there is none is better said now
         self.barren = 0  # documents without a target since the last one that had some
 
     def flat_map(self, element: str | Example) -> list[Row]:
@@ -94,16 +100,17 @@ class Encode(grain.experimental.FlatMapTransform):
             if self.config.objective == "extract":
                 found = windows(example, self.tokenizer, self.config)
                 return [window.pairs(example) for window in found]
-            pairs_P3, whole = encode_example(example, self.tokenizer, self.config)
+            apart = by_turn(example) if self.config.turns == "apart" else [example]
+            found = [encode_example(one, self.tokenizer, self.config) for one in apart]
         except UserError as e:
             example.bad(str(e))
             return []
-        if not whole:
+        if not all(whole for _, whole in found):
             _say_once(
                 f"note: an example is longer than data.length = {self.config.length}: it is"
                 " shortened, as are others like it (said once)"
             )
-        return [pairs_P3]
+        return [pairs_P3 for pairs_P3, _ in found]
 
     def _pieces(self, ids: np.ndarray) -> list[np.ndarray]:
         if self.own_ends:

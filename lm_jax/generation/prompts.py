@@ -1,8 +1,13 @@
-"""Prompts from a file."""
+"""Prompts from a file, and as questions to a model that chats."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from lm_jax.data.chat import chat_template_for
+from lm_jax.data.tokenizer_base import Tokenizer
 from lm_jax.errors import UserError
 
 
@@ -31,6 +36,21 @@ def read_prompts(path: str, *, key: str = "prompt", flag: str = "prompt_file") -
     if not prompts:
         raise UserError(f"--{flag}: there is no text in '{path}'")
     return prompts
+
+
+def as_questions(texts: Sequence[str], tokenizer: Tokenizer, objective: str) -> list[np.ndarray]:
+    """What a model continues to answer each of the texts, said by a user: int32 [n] each.
+
+    Args:
+      objective: that the model was trained for.
+
+    Raises:
+      UserError: it has no chat template, or that does not take a text.
+    """
+    template = chat_template_for(tokenizer, objective)
+    if template is None:
+        raise UserError("--chat: this model has no chat template: leave it out, to continue text")
+    return [template.encode(tokenizer, [{"role": "user", "content": x}], True) for x in texts]
 
 
 def _from_json(line: str, where: str, key: str) -> str:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lm_jax.data.chat import FILE as TEMPLATE
+from lm_jax.data.chat import chat_template_for, chat_template_of
 from lm_jax.data.tokenizer_base import BytesTokenizer, CharacterTokenizer, Tokenizer
 from lm_jax.data.tokenizer_families import CONFIG, read_folder
 from lm_jax.data.tokenizer_files import (
@@ -29,6 +31,7 @@ def write_huggingface_tokenizer(
     *,
     whole_texts: bool = False,
     pad_id: int | None = None,
+    objective: str = "",
 ) -> list[str]:
     """Writes what `AutoTokenizer.from_pretrained(folder)` needs to encode exactly alike.
 
@@ -43,6 +46,8 @@ def write_huggingface_tokenizer(
       model_max_length: the longest sequence of the model, in tokens; None: as published, if it was.
       whole_texts: of a tokenizer of ours, eos goes after each text, as classifiers have it.
       pad_id: the special token to fill rows with; None: the tokenizer's.
+      objective: what its model was trained for, as data.objective: where it was conversations, the
+        folder has their template, which Transformers applies alike.
 
     Returns:
       The names of the files.
@@ -61,6 +66,9 @@ def write_huggingface_tokenizer(
         config["model_max_length"] = model_max_length
     if pad_id is not None:
         config["pad_token"] = tokenizer.specials[pad_id]
+    template = chat_template_for(tokenizer, objective)
+    if template is not None and chat_template_of(tokenizer) is None:
+        files[TEMPLATE] = template.text.encode()
     files[FILE] = definition.encode()
     files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     try:

@@ -85,6 +85,7 @@ def to_huggingface(
                 config.max_length,
                 whole_texts=config.head in ("classify", "span"),
                 pad_id=ids["pad_token_id"] if classify and config.causal else None,
+                objective=loaded.config.data.objective,
             )
         except UserError as e:
             missing = str(e)

@@ -9,8 +9,14 @@ from published_folders import FAMILIES, LINES, write
 from transformers import AutoTokenizer
 
 from lm_jax.config import TokenizerConfig
-from lm_jax.data.chat import ChatTemplate, chat_template_of, load_chat_template
+from lm_jax.data.chat import (
+    ChatTemplate,
+    chat_template_for,
+    chat_template_of,
+    load_chat_template,
+)
 from lm_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from lm_jax.data.tokenizer_base import CharacterTokenizer
 from lm_jax.errors import UserError
 from lm_jax.interop.tokenizer_export import write_huggingface_tokenizer
 
@@ -207,6 +213,36 @@ def test_threads_share_one():
     for thread in threads:
         thread.join()
     assert got == [[text] * 40 for text in wanted]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "gpt2", "llama2", "llama3"])
+def test_a_model_that_learned_to_chat_without_one_has_ours_and_so_has_its_export(kind, tmp_path):
+    if kind in FAMILIES:
+        write(tmp_path / "model", FAMILIES[kind]())
+        tokenizer = load_tokenizer(tmp_path / "model")
+    else:
+        tokenizer = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=600), LINES[:400])
+    assert chat_template_for(tokenizer, "complete") is None
+    template = chat_template_for(tokenizer, "chat")
+    write_huggingface_tokenizer(tokenizer, tmp_path / "plain", objective="complete")
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain").chat_template is None
+    write_huggingface_tokenizer(tokenizer, tmp_path / "out", objective="chat")
+    assert load_chat_template(tmp_path / "out").text == template.text
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for chat in CHATS:
+        for more in (False, True):
+            ids = template.encode(tokenizer, chat, more).tolist()
+            wanted = theirs.apply_chat_template(chat, None, add_generation_prompt=more)
+            assert ids == wanted.input_ids
+            # What is to be learned begins where what is generated begins.
+            if chat[-1]["role"] == "assistant" and len(chat) > 1:
+                asked = template.encode(tokenizer, chat[:-1], True).tolist()
+                assert ids[: len(asked)] == asked
+
+
+def test_ours_needs_an_end():
+    with pytest.raises(UserError, match=r"\(characters\) has no token that ends"):
+        chat_template_for(CharacterTokenizer("abc"), "chat")
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 from data_helpers import data_config
+from published_folders import FAMILIES
+from published_folders import write as write_folder
 
 from lm_jax.config import Config
 from lm_jax.data import records
@@ -13,6 +15,7 @@ from lm_jax.data.examples import Example
 from lm_jax.data.loader import train_stream
 from lm_jax.data.readers import Errors
 from lm_jax.data.sources import documents, texts
+from lm_jax.data.tokenizer import load_tokenizer
 from lm_jax.data.tokenizer_base import BytesTokenizer, CharacterTokenizer
 from lm_jax.errors import UserError
 from lm_jax.template import Template
@@ -191,6 +194,35 @@ def test_what_the_assistant_says_unasked_is_not_learned():
     assert bytes(ids[counts][:-1].tolist()) == b" no"
 
 
+CHANGES_ITS_MIND = (  # as templates that leave an earlier turn's thoughts out
+    "{% for m in messages %}{{ m.role }}{{ '\n' }}{{ m.content }}"
+    "{% if m.role == 'assistant' and loop.last %} indeed{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant{{ '\n' }}{% endif %}"
+)
+
+
+def test_an_answer_that_reads_otherwise_later_is_learned_by_itself(tmp_path):
+    write_folder(
+        tmp_path / "model", FAMILIES["smollm2"]() | {"chat_template.jinja": CHANGES_ITS_MIND}
+    )
+    tokenizer = load_tokenizer(tmp_path / "model")
+    roles = ("user", "assistant", "user", "assistant")
+    talk = [{"role": r, "content": c} for r, c in zip(roles, ("a", "b", "c", "d"))]
+    source = write(tmp_path, "a.jsonl", json.dumps({"m": talk}))
+    config = complete(source, objective="chat", prompt="{m}", target="", turns="together")
+    with (
+        train_stream(config, tokenizer, seed=0) as stream,
+        pytest.raises(UserError, match=r"a\.jsonl:1: .*message 2 .* data\.turns='apart'"),
+    ):
+        next(stream)
+    config.turns = "apart"
+    with train_stream(config, tokenizer, seed=0) as stream:
+        (batch,) = stream
+    told = [tokenizer.decode(row[counts]) for row, counts in zip(batch["targets"],
+                                                                 batch["weights"] > 0)]  # fmt: skip
+    assert sorted("".join(told).split("\n")) == ["", "b indeed", "d indeed"]
+
+
 def test_conversations_are_read_up_to_what_the_assistant_says(tmp_path):
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     lines = [{"m": [*talk, {"role": "user", "content": "c"}]}, {"m": talk[:1]}]
@@ -263,6 +295,9 @@ def test_batches_of_examples_are_the_same_on_any_number_of_processes(tmp_path):
         ({"data.objective": "chat", "data.prompt": "x {m}"}, "names the field of a conversation"),
         ({"data.objective": "classify", "data.prompt": "{q}", "data.target": "{a}",
           "model.head": "classify", "model.causal": False}, "data.labels: name the classes"),
+        ({"data.turns": "apart"}, "data.turns: objective 'next_token' has no conversations"),
+        ({"data.objective": "chat", "data.prompt": "{m}", "data.turns": "together",
+          "model.prefix_attention": True}, "data.turns: with model.prefix_attention"),
         ({"data.labels": ("a", "b")}, "data.labels: objective 'next_token' has no classes"),
         ({"model.head": "classify", "model.labels": 1}, "model.labels: a head 'classify' has two"),
     ],

@@ -29,6 +29,7 @@ def run(*flags: str) -> subprocess.CompletedProcess:
         (["--workdir=w", "--beams=4", "--seed=0"], "a search draws nothing"),
         (["--workdir=w", "--beams=4", "--stop=a"], "knows no stop strings"),
         (["--workdir=w", "--beams=4", "--stream"], "--stream does not go with --beams=4"),
+        (["--workdir=w", "--chat"], "what does the user say?"),
         (["--workdir=w", "--beams=0"], "--beams=0"),
         (["--workdir=w", "--beams=2", "--length_penalty=50"], "length_penalty: must be from -10"),
         (["--workdir=w", "--length_penalty=2"], "give --beams too"),
