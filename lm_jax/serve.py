@@ -20,6 +20,12 @@ _DTYPE = cli.define_dtype_flag()
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices to split the model over.", 1)
 _NAME = flags.DEFINE_string("name", None, "What clients call the model; default: its folder.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Where to listen; 0.0.0.0: to the whole network.")
+_ALLOW_HOST = flags.DEFINE_multi_string(
+    "allow_host",
+    [],
+    "A name that clients know this server by, besides its address, localhost, --host and this"
+    " machine's own; may be repeated. '*': any.",
+)
 _PORT = flags.DEFINE_integer("port", 8000, "0 finds a free one.", 0, 65535)
 _SLOTS = flags.DEFINE_integer("slots", 16, "Answers to generate at a time.", 1, 1024)
 _QUEUE = flags.DEFINE_integer("queue", 64, "Answers that may wait for a slot.", 0, 100_000)
@@ -86,7 +92,7 @@ def main(argv: list[str]) -> None:
     for number in before:
         signal.signal(number, caught)
     try:
-        server = Server(service, _HOST.value, _PORT.value)
+        server = Server(service, _HOST.value, _PORT.value, _ALLOW_HOST.value)
     except OSError as e:
         raise UserError(f"--host={_HOST.value} --port={_PORT.value}: {e.strerror or e}") from None
     service.warm_up()

@@ -5,227 +5,275 @@ follows in it could pass for a request.
 """
 
 import contextlib
-import http.server
-import io
+import email.utils
+import http
 import json
 import select
 import socket
+import socketserver
 import time
-import urllib.parse
+import traceback
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
+from lm_jax.serving.incoming import Head, Incoming, check_body, read_body, read_head
 from lm_jax.serving.protocol import ApiError
 from lm_jax.serving.service import Limits
 
-_LINGER = 1.0  # seconds in which a refused body is read, so that the answer to it arrives
+_LINGER = 1.0  # seconds in which what was refused is still read, so that the answer to it arrives
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_KNOWN = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"}
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:;"
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
-class _Arriving(io.RawIOBase):
-    """Reads from a socket up to a point of time, however slowly bytes drip in."""
-
-    def __init__(self, connection: socket.socket):
-        self._connection, self.until = connection, 0.0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self.until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._connection.settimeout(left)
-        return self._connection.recv_into(buffer)
-
-
-class Connection(http.server.BaseHTTPRequestHandler):
-    """What is the same for all requests.
+class Owner(Protocol):
+    """The server of a connection.
 
     Attributes:
       limits: of sizes and times.
-      methods: what each path takes.
+      stopping: whether new requests are refused.
     """
 
     limits: Limits
-    methods: Mapping[str, tuple[str, ...]]
-    protocol_version = "HTTP/1.1"
-    server_version, sys_version = "lm_jax", ""
-    disable_nagle_algorithm = True
+    stopping: bool
 
-    def setup(self) -> None:
-        super().setup()
-        self._arriving = _Arriving(self.connection)
-        self.rfile = io.BufferedReader(self._arriving, 65_536)
+    def knows(self, host: str) -> bool:
+        """Whether it is called so."""
 
-    def handle_one_request(self) -> None:
-        self._arriving.until = time.monotonic() + self.limits.idle_timeout
-        self.command, self.answered, self._unread = "", False, True
-        try:
-            if not self.rfile.peek(1):
-                self.close_connection = True
-                return
-            self._arriving.until = time.monotonic() + self.limits.read_timeout
-            super().handle_one_request()
-        except (OSError, ValueError):  # the client is gone, or the connection was closed on it
-            self.close_connection = True
+    def methods(self, path: str) -> tuple[str, ...]:
+        """What is taken there, OPTIONS aside; nothing where nothing is."""
 
-    def parse_request(self) -> bool:
-        if not super().parse_request():
-            return False
-        if self.request_version not in ("HTTP/1.0", "HTTP/1.1"):
-            self.send_error(505)
-            return False
-        return True
+    def arriving(self, connection: socket.socket) -> contextlib.AbstractContextManager[None]:
+        """While entered, it may end the connection."""
 
-    def handle_expect_100(self) -> bool:
-        try:
-            self._length()
-        except ApiError as e:
-            self.refuse(e)
-            return False
-        return super().handle_expect_100()
+    def answering(self) -> contextlib.AbstractContextManager[None]:
+        """While entered, it does not stop."""
 
-    def plain_path(self) -> str:
-        try:
-            return urllib.parse.urlsplit(self.path).path
-        except ValueError:
-            raise ApiError(400, "that is no path") from None
 
-    def begin_stream(self) -> None:
-        self._chunked = self.request_version == "HTTP/1.1"
-        self.close_connection |= not self._chunked
-        self.connection.settimeout(self.limits.read_timeout)
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.send_header("Cache-Control", "no-cache")
-        self.send_header("X-Accel-Buffering", "no")  # nginx: each piece as it comes
-        if self._chunked:
-            self.send_header("Transfer-Encoding", "chunked")
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.answered = True
+class Connection(socketserver.BaseRequestHandler):
+    """What is the same for all requests.
 
-    def send_event(self, value: dict[str, Any]) -> None:
-        self._write_part(json.dumps(value, separators=(",", ":")).encode())
+    Attributes:
+      head: of the request at hand; None: it could not be read.
+      kept: whether another request may follow.
+      answered: whether an answer to this one has begun.
+    """
 
-    def _write_part(self, data: bytes) -> None:
-        data = b"data: " + data + b"\n\n"
-        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data)
+    server: Owner
+    head: Head | None
 
-    def end_stream(self) -> None:
-        self._write_part(b"[DONE]")
-        if self._chunked:
-            self.wfile.write(b"0\r\n\r\n")
-
-    def _length(self) -> int:
-        """Of the body.
+    def answer(self, body: bytes) -> None:
+        """Answers the request of `head`.
 
         Raises:
-          ApiError: it has none, or too much of it.
+          ApiError: it cannot be; the client is told.
+          OSError: the client is gone.
         """
-        if self.headers.get("Transfer-Encoding") is not None:
-            raise ApiError(411, "a body needs a Content-Length; chunks are not taken")
-        stated = self.headers.get_all("Content-Length") or []
-        if not stated:
-            raise ApiError(411, "a body with a Content-Length is needed")
-        text = stated[0].strip()
-        if len(set(stated)) > 1 or not (text.isascii() and text.isdigit()):
-            raise ApiError(400, "Content-Length: not a number")
-        most = self.limits.max_body_bytes
-        if len(text) > 18 or int(text) > most:
-            raise ApiError(413, f"the body is larger than {most} bytes (--max_body_bytes)")
-        return int(text)
+        raise NotImplementedError
 
-    def read_body(self) -> bytes:
-        length = self._length()
+    def handle(self) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._incoming, self.kept = Incoming(self.request), True
+        with contextlib.suppress(OSError):  # the client is gone, or the connection was ended
+            while self.kept:
+                self._one()
+            if self._unread:
+                with self.server.arriving(self.request):
+                    self._linger()
+
+    def _one(self) -> None:
+        self.head, self.answered, self._asked, self._unread = None, False, False, True
         try:
-            body = self.rfile.read(length)
-        except TimeoutError:
-            raise ApiError(408, "the body took too long to arrive") from None
-        if len(body) < length:
+            with self.server.arriving(self.request):
+                body = self._receive()
+        except ApiError as e:
+            self.refuse(e)
+            return
+        with self.server.answering():
+            try:
+                self.answer(body)
+            except ApiError as e:
+                self.refuse(e)
+            except OSError:
+                raise
+            except Exception:
+                traceback.print_exc()
+                self.refuse(ApiError(500, "a defect of the server; its log says more"))
+
+    def _receive(self) -> bytes:
+        """Waits for a request and reads it.
+
+        Raises:
+          ApiError: it is not to be answered.
+          OSError: none came.
+        """
+        limits = self.server.limits
+        self._incoming.until = time.monotonic() + limits.idle_timeout
+        if self._incoming.first() is None:
             raise ConnectionAbortedError
+        self._incoming.until = time.monotonic() + limits.read_timeout
+        try:
+            self.head = read_head(self._incoming)
+            self._unread = self.head.length != 0
+            self.kept = self.head.kept and not self.server.stopping
+            self._check()
+            return self._body() if self.head.method == "POST" else b""
+        except TimeoutError:
+            raise ApiError(408, "the request took too long to arrive") from None
+
+    def _check(self) -> None:
+        """
+        Raises:
+          ApiError: it is for nobody here.
+        """
+        self._check_host()
+        method, path = self.head.method, self.head.path
+        if method not in _KNOWN:
+            raise ApiError(501, f"{method[:60]}: there is no such method")
+        taken = self.server.methods(path)
+        if not taken:
+            raise ApiError(404, f"there is nothing at '{path[:200]}'", code="not_found")
+        if method not in (*taken, "OPTIONS"):
+            raise ApiError(405, f"{path}: takes {' or '.join(taken)}, not {method}")
+
+    def _body(self) -> bytes:
+        self._check_type()
+        most = self.server.limits.max_body_bytes
+        check_body(self.head, most)
+        if (expected := self.head.headers.get("expect")) and self.head.version == (1, 1):
+            if expected.lower() != "100-continue":
+                raise ApiError(417, "Expect: 100-continue is all that can be expected")
+            self._write(_CONTINUE)
+        body = read_body(self._incoming, self.head, most)
         self._unread = False
         return body
 
+    def _check_host(self) -> None:
+        """A page of another site that has its name lead to this machine (DNS rebinding) could read
+        what is here; its requests go to that name."""
+        host = self.head.host
+        if host is not None and not self.server.knows(host):
+            raise ApiError(
+                403,
+                f"Host: this server is not known as '{host}'; if it should be, start it with"
+                f" --allow_host={host}",
+                code="unknown_host",
+            )
+
+    def _check_type(self) -> None:
+        """A page of another site can send a form or plain text without being asked, and nothing of
+        this type."""
+        kind, _, parameters = self.head.headers.get("content-type", "").lower().partition(";")
+        charset = parameters.replace('"', "").strip()
+        if kind.strip() != "application/json" or charset not in ("", "charset=utf-8"):
+            raise ApiError(
+                415,
+                "Content-Type: must be application/json, in UTF-8 (curl:"
+                " -H 'Content-Type: application/json')",
+                code="unsupported_media_type",
+            )
+
     def gone(self) -> bool:
-        """Whether the client has closed the connection."""
+        """Whether the client is.
+
+        One that has closed its side may still listen. Of HTTP/1.1 it is then sent something that it
+        passes over: where nobody listens any more, the connection is reset. Of HTTP/1.0 it counts
+        as gone, as nothing can be sent to find out.
+        """
         poll = select.poll()
-        poll.register(self.connection, select.POLLIN)
-        if not poll.poll(0):
+        poll.register(self.request, 0)
+        if poll.poll(0):  # it was reset
+            return True
+        if not self._incoming.may_be_over():
             return False
-        try:
-            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
+        if self.head.version == (1, 0):
+            return True
+        if not self._asked:
+            self._asked = True
+            if self.answered:
+                self._write_part(b":\n\n")
+            else:
+                self._write(_CONTINUE)
+        return False
+
+    def begin_stream(self) -> None:
+        self._chunked = self.head.version == (1, 1)
+        self.kept &= self._chunked
+        fields = {
+            "Content-Type": "text/event-stream; charset=utf-8",
+            "Cache-Control": "no-cache",
+            "X-Accel-Buffering": "no",  # nginx: each piece as it comes
+        }
+        self._begin(200, fields | ({"Transfer-Encoding": "chunked"} if self._chunked else {}))
+
+    def send_event(self, value: dict[str, Any]) -> None:
+        data = json.dumps(value, separators=(",", ":"))
+        self._write_part(b"data: %s\n\n" % data.encode())
+
+    def end_stream(self) -> None:
+        self._write_part(b"data: [DONE]\n\n")
+        if self._chunked:
+            self._write(b"0\r\n\r\n")
+
+    def _write_part(self, data: bytes) -> None:
+        self._write(b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data)
 
     def refuse(self, error: ApiError) -> None:
-        if self.answered:  # in the middle of an answer, nothing can be said
-            self.close_connection = True
+        """Says so, unless it is in the middle of an answer, where nothing can be said."""
+        if self.answered:
+            self.kept = False
             return
-        headers = {}
+        self.kept &= not self._unread
+        fields = {}
         if error.status == 405:
-            headers["Allow"] = ", ".join(self.methods[self.plain_path()])
+            fields["Allow"] = self.allowed()
         if error.status == 429:
-            headers["Retry-After"] = "1"
-        has_body = self.command not in ("GET", "HEAD") or bool(self._declares_body())
-        unread = self._unread and has_body
-        self.close_connection |= unread
-        with contextlib.suppress(OSError):
-            self.send_json(error.status, error.body(), headers)
-            if unread:
-                self._linger()
+            fields["Retry-After"] = "1"
+        self.send_json(error.status, error.body(), fields)
 
-    def _declares_body(self) -> bool:
-        headers = getattr(self, "headers", None) or {}
-        length = headers.get("Content-Length", "0").strip()
-        return length != "0" or "Transfer-Encoding" in headers
+    def allowed(self) -> str:
+        return ", ".join((*self.server.methods(self.head.path), "OPTIONS"))
+
+    def send_json(
+        self, status: int, value: dict[str, Any], fields: Mapping[str, str] | None = None
+    ) -> None:
+        body = json.dumps(value, ensure_ascii=True).encode() + b"\n"
+        self.send(status, body, "application/json", fields)
+
+    def send(
+        self, status: int, body: bytes, kind: str, fields: Mapping[str, str] | None = None
+    ) -> None:
+        """
+        Args:
+          kind: of `body`, by which browsers are bound.
+          fields: more of the head.
+        """
+        self.kept &= not self._unread
+        own = {"Content-Type": kind, "Content-Length": str(len(body))}
+        own["X-Content-Type-Options"] = "nosniff"
+        if kind.startswith("text/html"):
+            own["Content-Security-Policy"] = _POLICY
+        without = self.head is not None and self.head.method == "HEAD"
+        self._begin(status, own | dict(fields or {}), b"" if without else body)
+
+    def _begin(self, status: int, fields: Mapping[str, str], body: bytes = b"") -> None:
+        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"]
+        lines += ["Server: lm_jax", f"Date: {email.utils.formatdate(usegmt=True)}"]
+        lines += [f"{name}: {value}" for name, value in fields.items()]
+        if not self.kept:
+            lines.append("Connection: close")
+        self.answered = True
+        self._write("\r\n".join([*lines, "", ""]).encode() + body)
+
+    def _write(self, data: bytes) -> None:
+        self.request.settimeout(self.server.limits.read_timeout)
+        self.request.sendall(data)
 
     def _linger(self) -> None:
         """Reads what the client is still sending: closing now could take the answer from it."""
-        self.connection.shutdown(socket.SHUT_WR)
-        self._arriving.until = time.monotonic() + _LINGER
-        while self.rfile.read1(65_536):
-            pass
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself finds wrong: a malformed or endless line, an unknown method."""
-        short = http.server.BaseHTTPRequestHandler.responses.get(code, ("not understood", ""))[0]
-        self.close_connection = True
-        if not getattr(self, "request_version", "").startswith("HTTP/1."):
-            self.request_version = "HTTP/1.1"
-        self.refuse(ApiError(code, message or short))
-
-    def send_json(
-        self, status: int, value: dict[str, Any], headers: dict[str, str] | None = None
-    ) -> None:
-        body = json.dumps(value, ensure_ascii=True).encode() + b"\n"
-        self.send(status, body, "application/json", headers)
-
-    def send(
-        self, status: int, body: bytes, kind: str, headers: dict[str, str] | None = None
-    ) -> None:
-        if self._unread and self._declares_body():  # of a GET
-            self.close_connection = True
-        self.connection.settimeout(self.limits.read_timeout)
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Content-Type-Options", "nosniff")
-        if kind.startswith("text/html"):
-            self.send_header("Content-Security-Policy", _POLICY)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.answered = True
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not logged."""
+        self.request.shutdown(socket.SHUT_WR)
+        self._incoming.until = time.monotonic() + _LINGER
+        self._incoming.pass_over()

@@ -5,56 +5,75 @@ that a request takes to arrive, to be answered and to be read.
 """
 
 import contextlib
-import http.server
 import importlib.resources
+import ipaddress
 import json
 import socket
 import socketserver
 import threading
+import time
 import traceback
+import urllib.parse
+from collections.abc import Sequence
 from typing import Any
 
 from lm_jax.generation.decoding import Completion
+from lm_jax.serving.answer import Answer, usage_of
 from lm_jax.serving.connection import Connection
-from lm_jax.serving.protocol import Answer, ApiError, Request, parse, usage_of
-from lm_jax.serving.service import Limits, Running, Service
+from lm_jax.serving.protocol import ApiError, Request, check_model, parse
+from lm_jax.serving.service import Running, Service
 
 _PAGE = importlib.resources.files("lm_jax.serving").joinpath("page.html")
+_GET = ("GET", "HEAD")
+_ONE_MODEL = "/v1/models/"  # and its name
 _METHODS = {
-    "/": ("GET", "HEAD"),
-    "/health": ("GET", "HEAD"),
-    "/v1/models": ("GET", "HEAD"),
+    "/": _GET,
+    "/health": _GET,
+    "/v1/models": _GET,
     "/v1/completions": ("POST",),
     "/v1/chat/completions": ("POST",),
 }
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(socketserver.ThreadingTCPServer):
     """Listens as soon as it is made.
 
     Attributes:
       service: what is served.
+      limits: of sizes and times.
       stopping: whether new requests are refused.
     """
 
     daemon_threads = True
+    allow_reuse_address = True
     request_queue_size = 128
 
-    def __init__(self, service: Service, host: str = "127.0.0.1", port: int = 8000):
+    def __init__(
+        self,
+        service: Service,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        allow_hosts: Sequence[str] = (),
+    ):
         """
         Args:
+          host: a name or an address to listen at.
           port: 0 finds a free one; see `address`.
+          allow_hosts: names that clients know it by, besides `host`, 'localhost', the name of this
+            machine and whatever address leads here; '*': any.
 
         Raises:
           OSError: it cannot listen there.
         """
-        self.service, self.stopping = service, False
+        self.service, self.limits, self.stopping = service, service.limits, False
+        self._names = {name.lower() for name in (host, socket.gethostname(), *allow_hosts)}
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._room = threading.BoundedSemaphore(service.limits.connections)
+        self._room = threading.BoundedSemaphore(self.limits.connections)
+        self._arriving: dict[socket.socket, None] = {}  # the oldest first
         self._answering = 0
         self._changed = threading.Condition()
         super().__init__((host, port), _Handler)
-        self._thread = threading.Thread(target=self.serve_forever, name="accept", daemon=True)
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True)
         self._thread.start()
 
     @property
@@ -70,6 +89,32 @@ class Server(http.server.ThreadingHTTPServer):
             self._changed.wait_for(lambda: not self._answering, timeout=5)
         self.shutdown()
         self.server_close()
+        while self._end_oldest():
+            pass
+
+    def knows(self, host: str) -> bool:
+        """An address needs no name server, so that nobody can have it lead elsewhere."""
+        host = host.rstrip(".")
+        if host in self._names or "*" in self._names or host.split(".")[-1] == "localhost":
+            return True
+        with contextlib.suppress(ValueError):
+            return bool(ipaddress.ip_address(host.strip("[]")))
+        return False
+
+    def methods(self, path: str) -> tuple[str, ...]:
+        if path.startswith(_ONE_MODEL) and path != _ONE_MODEL:
+            return _GET
+        return _METHODS.get(path, ())
+
+    @contextlib.contextmanager
+    def arriving(self, connection: socket.socket):
+        with self._changed:
+            self._arriving[connection] = None
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._arriving.pop(connection, None)
 
     @contextlib.contextmanager
     def answering(self):
@@ -83,14 +128,47 @@ class Server(http.server.ThreadingHTTPServer):
                 self._answering -= 1
                 self._changed.notify_all()
 
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # http.server's asks a name server for its name
-        self.server_name, self.server_port = self.server_address[:2]
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:  # no file is left for it, say: it is asked for again at once
+            time.sleep(0.05)
+            raise
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
-        if self._room.acquire(blocking=False):
-            super().process_request(request, client_address)
+        if not self._find_room():
+            self._refuse(request)
             return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread could be started
+            self._room.release()
+            self._refuse(request)
+
+    def process_request_thread(self, request: socket.socket, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
+    def _find_room(self) -> bool:
+        """If need be that of the connection whose request is longest in coming, so that neither
+        those that are kept unused nor those that drip keep others out."""
+        if self._room.acquire(blocking=False):
+            return True
+        return self._end_oldest() and self._room.acquire(timeout=1.0)
+
+    def _end_oldest(self) -> bool:
+        with self._changed:
+            oldest = next(iter(self._arriving), None)
+            self._arriving.pop(oldest, None)
+        if oldest is None:
+            return False
+        with contextlib.suppress(OSError):
+            oldest.shutdown(socket.SHUT_RD)  # it reads the end; what has come is still answered
+        return True
+
+    def _refuse(self, request: socket.socket) -> None:
         body = json.dumps(ApiError(503, "too many connections").body()).encode()
         head = (
             "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
@@ -101,53 +179,30 @@ class Server(http.server.ThreadingHTTPServer):
             request.sendall(head.encode() + body)
         self.shutdown_request(request)
 
-    def process_request_thread(self, request: socket.socket, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._room.release()
-
     def handle_error(self, request: Any, client_address: Any) -> None:
         traceback.print_exc()
 
 
 class _Handler(Connection):
     server: Server
-    methods = _METHODS
 
-    @property
-    def limits(self) -> Limits:
-        return self.server.service.limits
-
-    def do_GET(self) -> None:
-        with self.server.answering():
-            try:
-                self._answer()
-            except ApiError as e:
-                self.refuse(e)
-            except OSError:
-                self.close_connection = True
-            except Exception:
-                traceback.print_exc()
-                self.refuse(ApiError(500, "a defect of the server; its log says more"))
-
-    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
-
-    def _answer(self) -> None:
-        path = self.plain_path()
-        if path not in _METHODS:
-            raise ApiError(404, f"there is nothing at '{path[:200]}'", code="not_found")
-        if self.command not in _METHODS[path]:
-            allowed = " or ".join(_METHODS[path])
-            raise ApiError(405, f"{path}: takes {allowed}, not {self.command}")
-        if path == "/":
+    def answer(self, body: bytes) -> None:
+        path = self.head.path
+        if self.head.method == "OPTIONS":
+            self.send(200, b"", "text/plain", {"Allow": self.allowed()})
+        elif path == "/":
             self.send(200, _PAGE.read_bytes(), "text/html; charset=utf-8")
         elif path == "/health":
             self._health()
         elif path == "/v1/models":
-            self._models()
+            self.send_json(200, {"object": "list", "data": [self._model()]})
+        elif path.startswith(_ONE_MODEL):
+            check_model(
+                urllib.parse.unquote(path.removeprefix(_ONE_MODEL)), self.server.service.name
+            )
+            self.send_json(200, self._model())
         else:
-            self._complete(chat=path == "/v1/chat/completions")
+            self._complete(body, chat=path == "/v1/chat/completions")
 
     def _health(self) -> None:
         service = self.server.service
@@ -165,14 +220,13 @@ class _Handler(Connection):
             },
         )
 
-    def _models(self) -> None:
+    def _model(self) -> dict[str, Any]:
         service = self.server.service
         model = {"id": service.name, "object": "model", "created": service.created}
-        self.send_json(200, {"object": "list", "data": [model | {"owned_by": "lm_jax"}]})
+        return model | {"owned_by": "lm_jax"}
 
-    def _complete(self, chat: bool) -> None:
+    def _complete(self, body: bytes, chat: bool) -> None:
         service = self.server.service
-        body = self.read_body()
         if self.server.stopping:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
         most = service.limits.max_tokens

@@ -1,4 +1,4 @@
-"""OpenAI's interface: requests checked field by field, and the shapes of answers and errors.
+"""OpenAI's interface: requests checked field by field, and the shape of errors.
 
 Source: https://platform.openai.com/docs/api-reference/completions and /chat. A field that would
 change the result and is not supported is refused by name; what only labels a request is ignored.
@@ -6,8 +6,8 @@ change the result and is not supported is refused by name; what only labels a re
 
 import dataclasses
 import json
+import math
 import secrets
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,8 +15,9 @@ from lm_jax.errors import UserError
 from lm_jax.generation.sampling import Sampling
 
 _IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "developer", "user", "assistant")
 _MOST_STOPS = 4
+_MOST_SHOWN = 1000  # characters of what an error says, which may quote the request
 _PENALTIES = (0.01, 100.0)  # of repetition; beyond, scores may not be finite
 
 
@@ -40,9 +41,9 @@ class ApiError(Exception):
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
             "error": {
-                "message": str(self),
+                "message": str(self)[:_MOST_SHOWN],
                 "type": kinds.get(self.status, kind),
-                "param": self.param,
+                "param": self.param and self.param[:_MOST_SHOWN],
                 "code": self.code,
             }
         }
@@ -53,13 +54,13 @@ class Request:
     """A request that can be carried out.
 
     Attributes:
-      prompts: texts to continue; of a chat, none.
+      prompts: texts to continue, or the ids of their tokens; of a chat, none.
       messages: of a chat.
       seeds: one for each prompt.
     """
 
     chat: bool
-    prompts: tuple[str, ...]
+    prompts: tuple[str | tuple[int, ...], ...]
     messages: tuple[dict[str, str], ...]
     max_tokens: int
     sampling: Sampling
@@ -80,15 +81,14 @@ def parse(body: bytes, *, chat: bool, model: str, max_tokens: int) -> Request:
       ApiError: 400, or 404 for another model; the message names the field.
     """
     fields = _Fields(_json(body))
-    if (asked := fields.text("model")) not in (None, model):
-        message = f"there is no model '{asked}' here; this server has '{model}'"
-        raise ApiError(404, message, "model", "model_not_found")
-    prompts: tuple[str, ...] = ()
+    if (asked := fields.text("model")) is not None:
+        check_model(asked, model)
+    prompts: tuple[str | tuple[int, ...], ...] = ()
     messages: tuple[dict[str, str], ...] = ()
     if chat:
         messages = _messages(fields.take("messages"))
     else:
-        prompts = _strings(fields.take("prompt"), "prompt", "a string or a list of strings")
+        prompts = _prompts(fields.take("prompt"))
     default = max_tokens if chat else min(16, max_tokens)
     most = fields.integer("max_tokens", default, 1, max_tokens)
     if chat:
@@ -114,12 +114,40 @@ def parse(body: bytes, *, chat: bool, model: str, max_tokens: int) -> Request:
     return request
 
 
+def check_model(asked: str, model: str) -> None:
+    """
+    Raises:
+      ApiError: 404, it is not the one that is served.
+    """
+    if asked != model:
+        message = f"there is no model '{asked[:200]}' here; this server has '{model}'"
+        raise ApiError(404, message, "model", "model_not_found")
+
+
 def _json(body: bytes) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON")
 
+    def number(text: str) -> float:
+        if math.isinf(value := float(text)):
+            raise ValueError(f"{text[:20]} is too large a number")
+        return value
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = {}
+        for key, value in pairs:
+            if key in found:  # readers differ in which of the two counts
+                raise ValueError(f"the key '{key[:60]}' stands there twice")
+            found[key] = value
+        return found
+
     try:
-        found = json.loads(body.decode("utf-8"), parse_constant=refuse)
+        found = json.loads(
+            body.decode("utf-8"),
+            parse_constant=refuse,
+            parse_float=number,
+            object_pairs_hook=unique,
+        )
     except UnicodeDecodeError:
         raise ApiError(400, "the body is not UTF-8") from None
     except (ValueError, RecursionError) as e:
@@ -171,9 +199,30 @@ class _Fields:
 
 
 def _wrong(name: str, wanted: str, value: Any) -> ApiError:
-    shown = json.dumps(value)
+    try:
+        shown = json.dumps(value)
+    except RecursionError:
+        shown = "something so deep"
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return ApiError(400, f"{name}: must be {wanted}, not {shown}", name)
+
+
+def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """Texts, or token ids."""
+    wanted = "a string, a list of strings, a list of token ids, or a list of such lists"
+
+    def ids(part: Any) -> bool:
+        return (
+            isinstance(part, list)
+            and len(part) > 0
+            and all(type(i) is int and 0 <= i < 2**31 for i in part)
+        )
+
+    if ids(value):
+        return (tuple(value),)
+    if isinstance(value, list) and value and all(map(ids, value)):
+        return tuple(map(tuple, value))
+    return _strings(value, "prompt", wanted)
 
 
 def _strings(value: Any, name: str, wanted: str) -> tuple[str, ...]:
@@ -279,73 +328,3 @@ def _refuse(fields: _Fields, chat: bool) -> None:
         if name in _NOTHING:
             raise ApiError(400, f"{name}: is not supported; leave it out", name)
         raise ApiError(400, f"{name[:60]}: there is no such field, or it is not supported", name)
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """Makes the objects of one answer, which share an id."""
-
-    request: Request
-    model: str
-    id: str
-    created: int
-
-    @classmethod
-    def to(cls, request: Request, model: str) -> "Answer":
-        kind = "chatcmpl" if request.chat else "cmpl"
-        return cls(request, model, f"{kind}-{secrets.token_hex(12)}", int(time.time()))
-
-    def whole(self, texts: list[str], reasons: list[str], usage: dict[str, int]) -> dict[str, Any]:
-        choices = [
-            self._choice(i, self._said(text), reason)
-            for i, (text, reason) in enumerate(zip(texts, reasons))
-        ]
-        return self._object("", choices) | {"usage": usage}
-
-    def first(self, index: int) -> dict[str, Any] | None:
-        """The chunk that begins a streamed answer, if there is one."""
-        if not self.request.chat:
-            return None
-        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
-
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        said = {"delta": {"content": text}} if self.request.chat else {"text": text}
-        return self._chunk(index, said, None)
-
-    def last(self, index: int, reason: str) -> dict[str, Any]:
-        return self._chunk(index, {"delta": {}} if self.request.chat else {"text": ""}, reason)
-
-    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The chunk at the end of a streamed answer that counts tokens."""
-        return self._object(".chunk", []) | {"usage": usage}
-
-    def _said(self, text: str) -> dict[str, Any]:
-        if self.request.chat:
-            return {"message": {"role": "assistant", "content": text}}
-        return {"text": text}
-
-    def _choice(self, index: int, said: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        reason = "stop" if reason == "eos" else reason
-        return {"index": index, **said, "logprobs": None, "finish_reason": reason}
-
-    def _chunk(self, index: int, said: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        more = {"usage": None} if self.request.include_usage else {}
-        return self._object(".chunk", [self._choice(index, said, reason)]) | more
-
-    def _object(self, suffix: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        kind = f"chat.completion{suffix}" if self.request.chat else "text_completion"
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        }
-
-
-def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }

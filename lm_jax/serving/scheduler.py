@@ -59,6 +59,7 @@ class Job:
     entry: Entry
     tell: Callable[[Event], None]
     deadline: float  # of time.monotonic
+    together: object = None  # the same for all that were submitted at once
     cancelled: bool = False
     asked: int = 0  # tokens that were drawn or are on their way
 
@@ -110,6 +111,7 @@ class Scheduler:
             )
         self.slots, self.waiting, self.tokenizer = slots, waiting, tokenizer
         self._mesh = mesh
+        self._vocab_size = min(model.config.vocab_size, tokenizer.vocab_size)
         self._batch = Batch(model, tokenizer.vocab_size, slots, self.max_length)
         self._running: list[Job] = []
         self._queue: collections.deque[Job] = collections.deque()
@@ -138,10 +140,14 @@ class Scheduler:
           max_tokens: the most to generate; `max_length` is a limit too.
 
         Raises:
-          UserError: the prompt is empty or too long, or cannot be encoded.
+          UserError: the prompt is empty or too long, cannot be encoded, or has ids that are no
+            tokens.
         """
         t = self.tokenizer
         ids = t.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+        wrong = ids[(ids < 0) | (ids >= self._vocab_size)]
+        if len(wrong):
+            raise UserError(f"{wrong[0]} is no token: ids are from 0 to {self._vocab_size - 1}")
         if not len(ids):
             raise UserError("it is empty, and this tokenizer has no token that begins a text")
         if len(ids) >= self.max_length:
@@ -155,7 +161,8 @@ class Scheduler:
         return Job(row, Entry(ids, sampling, seed), tell, deadline)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queues all of the jobs, or none.
+        """Queues all of the jobs, or none. Those that are queued at once wait for one another
+        before others wait for them.
 
         Raises:
           Full: they do not all find room.
@@ -167,6 +174,9 @@ class Scheduler:
             free = self.slots - len(self._running)
             if len(self._queue) + len(jobs) > self.waiting + free:
                 raise Full
+            together = object()
+            for job in jobs:
+                job.together = together
             self._queue.extend(jobs)
             self._changed.notify_all()
 
@@ -223,10 +233,13 @@ class Scheduler:
         self._drop()
 
     def _next(self) -> Job | None:
-        """The next job that waits, now running, if there is a free row for it."""
+        """The next job that waits, now running, if there is a free row for it: of the request that
+        has the fewest rows already, so that one of many prompts does not keep others waiting."""
         with self._changed:
             while self._queue and self._batch.count < self.slots:
-                job = self._queue.popleft()
+                rows = collections.Counter(job.together for job in self._running)
+                job = min(self._queue, key=lambda job: rows[job.together])  # the first of several
+                self._queue.remove(job)
                 if job.over:
                     self._end(job)
                     continue

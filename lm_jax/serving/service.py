@@ -15,6 +15,7 @@ from lm_jax.serving.protocol import ApiError, Request
 from lm_jax.serving.scheduler import Closed, Event, Full, Job, Scheduler, TimedOut
 
 _GLANCE = 0.2  # seconds between two looks whether a client is still there
+_GRACE = 2.0  # seconds after a request's deadline in which the scheduler is to say so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Service:
 
     def warm_up(self) -> None:
         """Compiles what the first request needs, before it comes."""
-        running, token = Running([]), np.zeros(1, np.int32)
+        running, token = Running([], float("inf")), np.zeros(1, np.int32)
         hear = running.listener(0)
         job = self.scheduler.job(token, hear, max_tokens=2, sampling=Sampling(top_k=0), seed=0)
         running.jobs.append(job)
@@ -66,12 +67,15 @@ class Service:
           ApiError: they cannot be carried out, or not now.
         """
         s, limits = self.scheduler, self.limits
-        prompts = [self._chat(request)] if request.chat else list(request.prompts)
+        if request.chat:
+            prompts = [self._chat(request)]
+        else:
+            prompts = [p if isinstance(p, str) else np.array(p, np.int32) for p in request.prompts]
         field = "messages" if request.chat else "prompt"
         most = s.slots + s.waiting
         if len(prompts) > most:
             raise ApiError(400, f"prompt: at most {most} at a time, not {len(prompts)}", field)
-        running = Running([])
+        running = Running([], time.monotonic() + limits.request_timeout)
         for i, (prompt, seed) in enumerate(zip(prompts, request.seeds)):
             which = f"{field}[{i}]" if len(prompts) > 1 else field
             try:
@@ -82,7 +86,7 @@ class Service:
                     sampling=request.sampling,
                     seed=seed,
                     stop=request.stop,
-                    deadline=time.monotonic() + limits.request_timeout,
+                    deadline=running.deadline,
                 )
             except UserError as e:
                 raise ApiError(400, f"{which}: {e}", field) from None
@@ -113,8 +117,11 @@ class Service:
                 "messages",
                 "no_chat_template",
             )
+        messages = request.messages
+        if "developer" not in self.template.text:  # what it has of that kind is called so
+            messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
         try:
-            return self.template.encode(self.scheduler.tokenizer, request.messages, True)
+            return self.template.encode(self.scheduler.tokenizer, messages, True)
         except UserError as e:
             raise ApiError(400, f"messages: {e}", "messages") from None
 
@@ -124,6 +131,7 @@ class Running:
     """A request's jobs, and what they tell."""
 
     jobs: list[Job]
+    deadline: float  # of time.monotonic
     _told: queue.SimpleQueue = dataclasses.field(default_factory=queue.SimpleQueue)
 
     def listener(self, index: int) -> Callable[[Event], None]:
@@ -136,11 +144,14 @@ class Running:
           gone: whether the client is; asked now and then.
 
         Raises:
-          ApiError: one of the jobs failed.
+          ApiError: one of the jobs failed, or the time is up: the scheduler may be busy with what
+            cannot be interrupted, and the client slow in taking what there is.
           ConnectionAbortedError: the client is gone.
         """
         left, glance = len(self.jobs), time.monotonic() + _GLANCE
         while left:
+            if time.monotonic() > self.deadline + _GRACE:
+                raise as_api_error(TimedOut())
             found = None
             try:
                 found = self._told.get(timeout=_GLANCE)

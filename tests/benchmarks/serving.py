@@ -66,7 +66,8 @@ def ask(port: int, request: dict, stream: bool) -> tuple[str, int]:
     """The text of an answer, and its number of tokens."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-    connection.request("POST", "/v1/completions", json.dumps(request | options))
+    kind = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(request | options), kind)
     response = connection.getresponse()
     body = response.read().decode()
     connection.close()
@@ -121,7 +122,8 @@ def send(port: int, data: bytes) -> int:
 
 def disturb(port: int, stop: threading.Event, statuses: collections.Counter) -> None:
     """What is no JSON, what is too large, and clients that leave, until `stop`."""
-    head = b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     leaves = json.dumps({"prompt": "Once", "max_tokens": 60, "stream": True}).encode()
     while not stop.wait(0.2):
         statuses["malformed", send(port, head % 5 + b'{"a":')] += 1

@@ -1,10 +1,9 @@
 """The page that chats with the model, in a real browser."""
 
-import time
+import threading
 
 import pytest
-from test_http import serving
-from tiny_serving import model_of, until
+from tiny_serving import model_of, serving, slowed, until
 
 from lm_jax.serving.service import Limits
 
@@ -49,8 +48,7 @@ def test_stopping_and_errors(model, open_page):
     with serving(model, limits=Limits(request_timeout=3.0)) as server:
         server.service.warm_up()
         scheduler = server.service.scheduler
-        turn = scheduler._turn
-        scheduler._turn = lambda: (time.sleep(0.05), turn())
+        slowed(server, 0.05)
         page = open_page(server.address)
         page.wait_for_selector("h1:text-is('tiny')")
         page.get_by_label("temperature").fill("0")
@@ -68,6 +66,68 @@ def test_stopping_and_errors(model, open_page):
         assert "the answer took too long" in alert.text_content()
         assert page.locator(".assistant").text_content()
         assert page.get_by_role("button", name="Send").is_enabled()
+
+
+def asked_of(page) -> list[list[tuple[str, str]]]:
+    """What each request from now on says: roles and contents."""
+    asked = []
+
+    def note(request) -> None:
+        if request.method == "POST":
+            asked.append([(m["role"], m["content"]) for m in request.post_data_json["messages"]])
+
+    page.on("request", note)
+    return asked
+
+
+def test_a_new_conversation_knows_nothing_of_one_that_still_runs(model, open_page):
+    with serving(model, limits=Limits()) as server:
+        server.service.warm_up()
+        slowed(server, 0.02)
+        page = open_page(server.address)
+        page.wait_for_selector("h1:text-is('tiny')")
+        page.get_by_label("temperature").fill("0")
+        page.get_by_label("max tokens").fill("140")
+        asked = asked_of(page)
+        type_and_send(page, "first")
+        until(lambda: len(page.locator(".assistant").text_content()) > 3)
+        page.get_by_role("button", name="New").click()
+        page.get_by_label("max tokens").fill("5")
+        type_and_send(page, "second")
+        page.wait_for_selector(".note:text-is('ended at the limit of tokens')")
+        assert page.locator(".user").all_text_contents() == ["second"]
+        assert page.locator(".turn").count() == 3
+        until(lambda: server.service.scheduler.counts() == (0, 0))
+        type_and_send(page, "third")
+        page.wait_for_selector(".note >> nth=1")
+        second = page.locator(".assistant").first.text_content()
+        assert asked == [
+            [("user", "first")],
+            [("user", "second")],
+            [("user", "second"), ("assistant", second), ("user", "third")],
+        ]
+
+
+def test_what_was_not_answered_can_be_asked_again(model, open_page):
+    with serving(model, limits=Limits(), slots=1) as server:
+        server.service.warm_up()
+        scheduler, goes_on = server.service.scheduler, threading.Event()
+        turn = scheduler._turn
+        scheduler._turn = lambda: (goes_on.wait(60), turn())
+        page = open_page(server.address)
+        page.wait_for_selector("h1:text-is('tiny')")
+        page.get_by_label("max tokens").fill("5")
+        asked = asked_of(page)
+        type_and_send(page, "hi")
+        until(lambda: sum(scheduler.counts()) == 1)
+        page.get_by_role("button", name="Stop").click()
+        page.wait_for_selector(".note:text-is('stopped')")
+        assert page.locator(".assistant").count() == 0
+        assert page.get_by_label("Your text").input_value() == "hi"
+        goes_on.set()
+        page.get_by_label("Your text").press("Enter")
+        page.wait_for_selector(".note >> nth=1")
+        assert asked == [[("user", "hi")]] * 2
 
 
 def test_without_a_template_it_continues_text(model, open_page):

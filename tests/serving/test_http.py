@@ -1,51 +1,39 @@
-"""The server as clients see it: right ones, wrong ones, slow ones, and ones that leave."""
+"""What the server answers, as clients see it."""
 
-import contextlib
 import json
-import random
 import re
 import socket
 import threading
-import time
-import urllib.error
 import urllib.request
 
 import commands
 import openai
 import pytest
-from tiny_serving import model_of, until
+from tiny_serving import (
+    TEMPLATE,
+    USER,
+    call,
+    chat,
+    complete,
+    model_of,
+    raw,
+    serving,
+    slowed,
+    streamed,
+    until,
+)
 
 from lm_jax.data.chat import ChatTemplate
 from lm_jax.data.tokenizer_base import BytesTokenizer
 from lm_jax.generation.decoding import Generator
 from lm_jax.generation.sampling import Sampling
-from lm_jax.serving.http import Server
-from lm_jax.serving.scheduler import Scheduler
-from lm_jax.serving.service import Limits, Service
-
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}"
-    "{% endif %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-LIMITS = Limits(max_body_bytes=5000, max_prompt_tokens=100, read_timeout=1.5, idle_timeout=1.5)
-USER = {"role": "user", "content": "hi"}
+from lm_jax.serving import service
+from lm_jax.serving.service import Limits
 
 
 @pytest.fixture(scope="module")
 def model():
     return model_of()
-
-
-@contextlib.contextmanager
-def serving(model, template=TEMPLATE, limits=LIMITS, slots=2, waiting=20):
-    scheduler = Scheduler(model, BytesTokenizer(), slots=slots, waiting=waiting)
-    template = ChatTemplate(template, {}) if template else None
-    server = Server(Service(scheduler, "tiny", template, limits), port=0)
-    try:
-        yield server
-    finally:
-        server.stop(0)
 
 
 @pytest.fixture(scope="module")
@@ -60,45 +48,6 @@ def nothing_is_said_to_the_log(capfd):
     """A traceback is a defect, whatever a client did."""
     yield
     assert "Traceback" not in capfd.readouterr().err
-
-
-def call(server: Server, path: str, body=None, method=None) -> tuple[int, dict]:
-    """Status, and the JSON that came back; an error has OpenAI's form."""
-    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    request = urllib.request.Request(server.address + path, data, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.loads(response.read())
-    except urllib.error.HTTPError as e:
-        found = json.loads(e.read())
-        if "status" in found:  # of the server's health
-            return e.code, found
-        assert found["error"].keys() == {"message", "type", "param", "code"}
-        return e.code, found["error"]
-
-
-def complete(server: Server, **fields) -> tuple[int, dict]:
-    return call(server, "/v1/completions", {"prompt": "hi"} | fields)
-
-
-def chat(server: Server, **fields) -> tuple[int, dict]:
-    return call(server, "/v1/chat/completions", {"messages": [USER]} | fields)
-
-
-def raw(server: Server, data: bytes, seconds: float = 10) -> bytes:
-    """All that comes back for some bytes, until the server closes."""
-    with socket.create_connection(server.server_address[:2], timeout=seconds) as s:
-        s.sendall(data)
-        parts = []
-        with contextlib.suppress(ConnectionError):
-            while part := s.recv(65_536):
-                parts.append(part)
-        return b"".join(parts)
-
-
-def post(body: bytes, path: str = "/v1/completions", headers: str = "") -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
-    return head.encode() + body
 
 
 def alone(model, prompt: str, **arguments):
@@ -143,17 +92,39 @@ def test_a_chat_is_the_completion_of_what_the_template_makes(server):
     assert same["choices"][0]["message"] == message
 
 
-def events(data: bytes) -> list[dict]:
-    lines = [line.removeprefix("data: ") for line in data.decode().split("\n\n") if line]
-    assert lines.pop() == "[DONE]"
-    return [json.loads(line) for line in lines]
+def test_a_prompt_may_be_token_ids(server):
+    ids = BytesTokenizer().encode_prompt("hi").tolist()
+    wanted = complete(server, seed=1, max_tokens=9)[1]
+    for prompt in (ids, [ids], ["hi"]):
+        got = complete(server, prompt=prompt, seed=1, max_tokens=9)[1]
+        assert got["choices"] == wanted["choices"] and got["usage"] == wanted["usage"]
+    assert len(complete(server, prompt=[ids, ids[:2]], max_tokens=1)[1]["choices"]) == 2
+    # The tokenizer has 258 of them, and the model 300.
+    status, error = complete(server, prompt=[ids, [257, 258]])
+    assert status == 400 and "prompt[1]: 258 is no token" in error["message"]
 
 
-def streamed(server: Server, path: str, body: dict) -> list[dict]:
-    request = urllib.request.Request(server.address + path, json.dumps(body).encode())
-    with urllib.request.urlopen(request, timeout=60) as response:
-        assert response.headers["Content-Type"].startswith("text/event-stream")
-        return events(response.read())
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}", "system:Be brief.;"),
+        (
+            "{% for m in messages %}{% if m.role == 'developer' %}>{% endif %}{{ m.content }}"
+            "{% endfor %}",
+            ">Be brief.",
+        ),
+    ],
+    ids=["as system", "by its own name"],
+)
+def test_developers_are_heard(model, template, said):
+    message = {"role": "developer", "content": "Be brief."}
+    ids = BytesTokenizer().encode(said).tolist()
+    with serving(model, template=template) as server:
+        arguments = {"seed": 1, "max_tokens": 9}
+        got = chat(server, messages=[message], **arguments)[1]
+        wanted = complete(server, prompt=ids, **arguments)[1]
+        assert got["choices"][0]["message"]["content"] == wanted["choices"][0]["text"]
+        assert got["usage"] == wanted["usage"]
 
 
 def test_streaming_gives_the_same_in_pieces(server):
@@ -181,6 +152,9 @@ def test_streaming_gives_the_same_in_pieces(server):
 def test_openais_client_works(server):
     with openai.OpenAI(base_url=server.address + "/v1", api_key="none", max_retries=0) as client:
         assert [m.id for m in client.models.list()] == ["tiny"]
+        assert client.models.retrieve("tiny") == client.models.list().data[0]
+        with pytest.raises(openai.NotFoundError, match="no model 'a/b c'"):
+            client.models.retrieve("a/b c")
         arguments = {"model": "tiny", "max_tokens": 12, "seed": 4}
         whole = client.completions.create(prompt="hi", **arguments)
         parts = client.completions.create(prompt="hi", stream=True, **arguments)
@@ -195,8 +169,11 @@ def test_openais_client_works(server):
         assert last.usage == whole.usage and last.usage.completion_tokens == 12
         extra = {"top_k": 1, "repetition_penalty": 1.3}
         assert client.completions.create(prompt="hi", extra_body=extra, **arguments).choices
+        assert client.completions.create(prompt=[[256, 104]], **arguments).choices
         with pytest.raises(openai.BadRequestError, match="n: is not supported"):
             client.chat.completions.create(messages=[USER], n=2, **arguments)
+        with pytest.raises(openai.BadRequestError, match="logprobs: is not supported"):
+            client.completions.create(prompt="hi", logprobs=1, **arguments)
         with pytest.raises(openai.NotFoundError, match="no model 'other'"):
             client.completions.create(prompt="hi", model="other")
 
@@ -230,12 +207,17 @@ def test_many_clients_at_once(server):
 def test_health_models_and_page(server):
     status, health = call(server, "/health")
     assert status == 200 and health["status"] == "ok" and health["chat"]
-    assert call(server, "/v1/models")[1]["data"][0]["id"] == "tiny"
+    listed = call(server, "/v1/models")[1]["data"]
+    assert [m["id"] for m in listed] == ["tiny"]
+    assert call(server, "/v1/models/%74iny") == (200, listed[0])
+    status, error = call(server, "/v1/models/other")
+    assert status == 404 and error["code"] == "model_not_found"
+    head = raw(server, b"HEAD /health HTTP/1.0\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n") and head.endswith(b"\r\n\r\n")
     with urllib.request.urlopen(server.address + "/") as response:
         assert response.headers["Content-Type"] == "text/html; charset=utf-8"
         assert "default-src 'none'" in response.headers["Content-Security-Policy"]
         assert b"<!doctype html>" in response.read()
-    assert raw(server, b"HEAD / HTTP/1.0\r\n\r\n").endswith(b"\r\n\r\n")
 
 
 @pytest.mark.parametrize(
@@ -246,6 +228,8 @@ def test_health_models_and_page(server):
         (405, "/v1/completions", "GET", None, "takes POST, not GET"),
         (405, "/health", "POST", {}, "takes GET or HEAD, not POST"),
         (405, "/", "DELETE", None, "takes GET or HEAD, not DELETE"),
+        (405, "/v1/models/tiny", "POST", {}, "takes GET or HEAD, not POST"),
+        (404, "/v1/models/", "POST", {}, "there is nothing at"),
         (400, "/v1/completions", "POST", b"{", "not JSON"),
         (400, "/v1/completions", "POST", {"prompt": "a", "logprobs": 2}, "logprobs"),
         (400, "/v1/completions", "POST", {"prompt": "\ud800"}, "surrogate"),
@@ -277,147 +261,22 @@ def test_a_model_without_a_template_says_where_to_go(model):
         assert not call(server, "/health")[1]["chat"]
 
 
-GARBAGE = [
-    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20 + b"\n", b"400"),
-    (b"hello\r\n\r\n", b"400"),
-    (b"GET / HTTP/9.9\r\n\r\n", b"505"),
-    (b"GET / HTTX/1.1\r\n\r\n", b"400"),
-    (b"GET http://[ HTTP/1.1\r\n\r\n", b"400"),
-    (b"BREW / HTTP/1.1\r\n\r\n", b"501"),
-    (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", b"414"),
-    (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n", b"431"),
-    (b"GET / HTTP/1.1\r\na: " + b"b" * 70_000 + b"\r\n\r\n", b"431"),
-    (b"POST /v1/completions HTTP/1.1\r\n\r\n", b"411"),
-    (b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"411"),
-    (b"POST /v1/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"400"),
-    (b"POST /v1/completions HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}", b"400"),
-    (b"POST /v1/completions HTTP/1.1\r\nContent-Length: " + b"9" * 30 + b"\r\n\r\n", b"413"),
-    (
-        b"POST /v1/completions HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 99999\r\n\r\n",
-        b"413",
-    ),
-]
-
-
-@pytest.mark.parametrize(("data", "status"), GARBAGE, ids=lambda x: str(x)[:40])
-def test_what_is_no_http_is_refused(server, data, status):
-    head, _, body = raw(server, data).partition(b"\r\n\r\n")
-    assert head.split()[1] == status
-    assert json.loads(body)["error"]["message"]
-    assert call(server, "/health")[0] == 200
-
-
-def test_random_bytes_leave_it_running(server):
-    rng = random.Random(0)
-    for i in range(40):
-        data = rng.randbytes(rng.randrange(1, 300))
-        data = [data, b"POST /v1/completions HTTP/1.1\r\n" + data, post(data)][i % 3]
-        with socket.create_connection(server.server_address[:2], timeout=10) as s:
-            s.sendall(data)
-    assert complete(server, max_tokens=1)[0] == 200
-
-
-def test_random_bodies_are_read_or_refused(server):
-    from test_protocol import any_value
-
-    rng, statuses = random.Random(1), set()
-    names = ["prompt", "max_tokens", "temperature", "stop", "stream", "top_k", "top_p", "seed", "n"]
-    for _ in range(150):
-        fields = {"prompt": "hi", "max_tokens": 1}
-        fields |= {rng.choice(names): any_value(rng) for _ in range(rng.randrange(3))}
-        fields["stream"] = None if fields.get("stream") is True else fields.get("stream")
-        statuses.add(complete(server, **fields)[0])
-    assert statuses == {200, 400}
-
-
-def test_a_slow_body_is_given_up(server):
-    with socket.create_connection(server.server_address[:2], timeout=10) as s:
-        s.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 500\r\n\r\n")
-        with contextlib.suppress(OSError):
-            for _ in range(50):  # drop by drop
-                s.sendall(b" ")
-                time.sleep(0.05)
-        assert s.recv(100).split()[1] == b"408"
-    for head in (b"", b"GET / HTTP/1.1\r\nHost:"):
-        assert raw(server, head) == b""  # closed, though nothing more came
-
-
-def test_connections_are_kept(server):
-    body = json.dumps({"prompt": "hi", "max_tokens": 2}).encode()
-    stream = json.dumps({"prompt": "hi", "max_tokens": 2, "stream": True}).encode()
-    missing = b"GET /nothing HTTP/1.1\r\n\r\n"
-    last = b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"
-    got = raw(server, post(body) + post(stream) + missing + post(b"{") + post(body) + last)
-    statuses = [part.split()[0] for part in got.split(b"HTTP/1.1 ")[1:]]
-    assert statuses == [b"200", b"200", b"404", b"400", b"200", b"200"]
-    # After a body that was not read, what follows is no request.
-    got = raw(server, post(b"x" * 9000) + last)
-    assert got.count(b"HTTP/1.1") == 1 and b"Connection: close" in got
-    got = raw(server, post(body, path="/nothing") + last)
-    assert got.count(b"HTTP/1.1") == 1
-    # HTTP/1.0 has no chunks.
-    got = raw(server, post(stream).replace(b"HTTP/1.1", b"HTTP/1.0", 1))
-    head, _, rest = got.partition(b"\r\n\r\n")
-    assert b"chunked" not in head and len(events(rest)) >= 2
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_one_that_leaves_frees_its_slot(server, stream, monkeypatch):
-    scheduler = server.service.scheduler
-    turn = scheduler._turn
-    monkeypatch.setattr(scheduler, "_turn", lambda: (time.sleep(0.02), turn()))
-    body = json.dumps({"prompt": "hi", "max_tokens": 150, "temperature": 0, "stream": stream})
-    with socket.create_connection(server.server_address[:2], timeout=10) as s:
-        s.sendall(post(body.encode()))
-        until(lambda: scheduler.counts() == (1, 0))
-        job = scheduler._running[0]
-    until(lambda: scheduler.counts() == (0, 0))
-    assert len(job.row.tokens) < 150
-
-
-def test_too_many_are_told_to_come_again(model):
-    limits = Limits(request_timeout=3.0, connections=6)
-    with serving(model, limits=limits, slots=1, waiting=1) as server:
-        turn = server.service.scheduler._turn
-        server.service.scheduler._turn = lambda: (time.sleep(0.03), turn())
-        body = post(json.dumps({"prompt": "hi", "max_tokens": 150, "temperature": 0}).encode())
-        streaming = post(
-            json.dumps(
-                {"prompt": "hi", "max_tokens": 150, "temperature": 0, "stream": 1 == 1}
-            ).encode()
-        )
-        with contextlib.ExitStack() as stack:
-            sockets = [
-                stack.enter_context(socket.create_connection(server.server_address[:2], 20))
-                for _ in range(2)
-            ]
-            for s, data in zip(sockets, (streaming, body)):
-                s.sendall(data)
-                time.sleep(0.2)
-            until(lambda: sum(server.service.scheduler.counts()) == 2)
-            status, error = complete(server)
-            assert status == 429 and error["code"] == "queue_full"
-            # Time is up for both: in the middle of its answer, and before its first token.
-            got = b""
-            while b"[DONE]" not in got:
-                got += sockets[0].recv(65_536)
-            assert b'"code":"timeout"' in got
-            assert sockets[1].recv(65_536).split()[1] == b"504"
-            more = [
-                stack.enter_context(socket.create_connection(server.server_address[:2], 20))
-                for _ in range(4)
-            ]
-            assert raw(server, b"").split()[1] == b"503"  # of connections
-            for s in (*more, *sockets):
-                s.close()
-        until(lambda: complete(server, max_tokens=1)[0] == 200)
+def test_time_is_up_though_the_model_is_busy(model, monkeypatch):
+    monkeypatch.setattr(service, "_GRACE", 0.1)
+    with serving(model, limits=Limits(request_timeout=0.2)) as server:
+        scheduler, goes_on = server.service.scheduler, threading.Event()
+        turn = scheduler._turn
+        scheduler._turn = lambda: (goes_on.wait(60), turn())
+        for stream in (False, True):
+            status, error = complete(server, stream=stream)
+            assert status == 504 and error["code"] == "timeout"
+        goes_on.set()
 
 
 def test_stopping_lets_what_runs_end_and_refuses_the_rest(model):
     with serving(model, slots=1) as server:
         server.service.warm_up()
-        turn = server.service.scheduler._turn
-        server.service.scheduler._turn = lambda: (time.sleep(0.02), turn())
+        slowed(server, 0.02)
         got = {}
 
         def work(name: str, **fields) -> None:
@@ -433,6 +292,8 @@ def test_stopping_lets_what_runs_end_and_refuses_the_rest(model):
         stops.start()
         until(lambda: server.stopping)
         assert complete(server)[0] == 503 and call(server, "/health")[0] == 503
+        keeps = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        assert b"Connection: close" in raw(server, keeps)
         for thread in (runs, waits, stops):
             thread.join(60)
         assert got["runs"][0] == 200

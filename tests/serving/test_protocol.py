@@ -46,6 +46,11 @@ def test_what_is_given():
     message = {"role": "user", "content": parts, "name": "me", "tool_calls": None}
     wanted = ({"role": "user", "content": "a\nb", "name": "me"},)
     assert read(True, messages=[message]).messages == wanted
+    developer = {"role": "developer", "content": "Be brief."}
+    assert read(True, messages=[developer, *HI]).messages == (developer, *HI)
+    assert read(prompt=[1, 0, 2**31 - 1]).prompts == ((1, 0, 2**31 - 1),)
+    several = read(prompt=[[1, 2], [3]])
+    assert several.prompts == ((1, 2), (3,)) and len(several.seeds) == 2
 
 
 def test_what_asks_for_nothing_is_taken():
@@ -62,8 +67,15 @@ def test_what_asks_for_nothing_is_taken():
     ("field", "value", "said"),
     [
         ("prompt", None, "prompt: is missing"),
-        ("prompt", [], "prompt: must be a string or a list of strings"),
-        ("prompt", [1, 2], "prompt: must be a string or a list"),
+        ("prompt", [], "prompt: must be a string, a list of strings"),
+        ("prompt", [1, "a"], "prompt: must be a string, a list of strings, a list of token ids"),
+        ("prompt", [1, True], "prompt: must be a string"),
+        ("prompt", [1, 2.0], "prompt: must be a string"),
+        ("prompt", [1, -1], "prompt: must be a string"),
+        ("prompt", [2**31], "prompt: must be a string"),
+        ("prompt", [[]], "prompt: must be a string"),
+        ("prompt", [[1], 2], "prompt: must be a string"),
+        ("prompt", [[1], "a"], "prompt: must be a string"),
         ("prompt", {"a": 1}, "prompt: must be a string"),
         ("max_tokens", 0, "max_tokens: must be an integer from 1 to 100, not 0"),
         ("max_tokens", 101, "max_tokens: must be an integer from 1 to 100"),
@@ -93,6 +105,7 @@ def test_what_asks_for_nothing_is_taken():
         ("presence_penalty", 0.5, "presence_penalty: is not supported"),
         ("frequency_penalty", -1, "frequency_penalty: is not supported"),
         ("logprobs", 3, "logprobs: is not supported"),
+        ("logprobs", 0, "logprobs: is not supported"),
         ("logit_bias", {"5": 1}, "logit_bias: is not supported"),
         ("suffix", "x", "suffix: is not supported"),
         ("echo", True, "echo: is not supported"),
@@ -113,7 +126,7 @@ def test_a_field_that_is_wrong_is_named(field, value, said):
         ("messages", [], "messages: must be a list of at least one"),
         ("messages", "hi", "messages: must be a list"),
         ("messages", ["hi"], r"messages\[0\]: must be an object"),
-        ("messages", [*HI, {"content": "x"}], r"messages\[1\].role: must be one of system, user"),
+        ("messages", [*HI, {"content": "x"}], r"messages\[1\].role: must be one of system, dev"),
         ("messages", [{"role": "tool", "content": "x"}], r"messages\[0\].role"),
         ("messages", [{"role": "user"}], r"messages\[0\].content: must be a string"),
         ("messages", [{"role": "user", "content": [{"type": "image_url"}]}], r".*content: must be"),
@@ -140,6 +153,10 @@ def test_a_field_of_a_chat_that_is_wrong_is_named(field, value, said):
         (b"[]", "must be a JSON object"),
         (b"\xff\xfe{}", "not UTF-8"),
         (b'{"prompt": "a", "temperature": NaN}', "NaN is no JSON"),
+        (b'{"prompt": "a", "temperature": 1e999}', "1e999 is too large"),
+        (b'{"prompt": "a", "seed": -Infinity}', "-Infinity is no JSON"),
+        (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' stands there twice"),
+        (b'{"prompt": "a", "metadata": {"a": 1, "a": 1}}', "the key 'a' stands there twice"),
         (b"[" * 100_000, "not JSON"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "not JSON"),
     ],
@@ -155,6 +172,49 @@ def test_another_model():
     with pytest.raises(ApiError, match="no model 'gpt-4' here; this server has 'tiny'") as e:
         read(model="gpt-4")
     assert (e.value.status, e.value.param, e.value.code) == (404, "model", "model_not_found")
+
+
+def test_no_depth_is_too_much():
+    """Where it can still be read, it can be told that it is wrong."""
+    for depth in range(850, 1010):
+        with pytest.raises(ApiError) as e:
+            parse(
+                b'{"prompt": %s}' % (b"[" * depth + b"]" * depth),
+                chat=False,
+                model="",
+                max_tokens=1,
+            )
+        assert e.value.status == 400
+
+
+def test_what_is_quoted_of_a_request_is_bounded():
+    for fields in ({"model": "m" * 9000}, {"x" * 9000: 1}, {"stop": ["s" * 9000] * 5}):
+        with pytest.raises(ApiError) as e:
+            read(**fields)
+        assert len(json.dumps(e.value.body())) < 2500
+
+
+def test_damaged_bodies_are_read_or_refused():
+    """Bytes are lost, added and changed."""
+    rng, read_ones = random.Random(2), 0
+    bodies = [
+        {"prompt": ["hi", "\ud83d\ude00"], "max_tokens": 3, "stop": ["a"], "seed": 1, "top_p": 0.5},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "n": 1},
+        {"prompt": [[1, 2], [3]], "stream": True, "stream_options": {"include_usage": True}},
+    ]
+    pieces = [b'"', b"\\", b"{", b"[", b"]", b"}", b",", b":", b"e99", b"-", b"9" * 30, b"null",
+              b"\xff", b"\xed\xa0\x80", b"\\ud800", b"NaN", b"1", b".", b"\x00", b" "]  # fmt: skip
+    for i in range(4000):
+        data = bytearray(json.dumps(bodies[i % 3]).encode())
+        for _ in range(rng.randrange(1, 3)):
+            place = rng.randrange(len(data))
+            data[place : place + rng.randrange(3)] = rng.choice([b"", *pieces])
+        try:
+            read_ones += bool(parse(bytes(data), chat=i % 3 == 1, model="m", max_tokens=9))
+        except ApiError as e:
+            assert e.status == 400
+            json.dumps(e.body())
+    assert 100 < read_ones < 3000
 
 
 def any_value(rng: random.Random, depth: int = 0):

@@ -166,6 +166,26 @@ def test_all_of_a_request_or_none(make):
     assert isinstance(end(told), Completion) and isinstance(end(told), Completion)
 
 
+def test_one_of_many_prompts_does_not_keep_others_waiting(make, monkeypatch):
+    scheduler = make(slots=2)
+    begun, add = [], batch_lib.Batch.add
+    monkeypatch.setattr(
+        batch_lib.Batch, "add", lambda self, entry: (begun.append(entry.seed), add(self, entry))[1]
+    )
+    told = queue.SimpleQueue()
+
+    def jobs(*seeds: int) -> list:
+        kinds = {"sampling": KINDS[0], "max_tokens": 20}
+        return [scheduler.job("aa", told.put, seed=seed, **kinds) for seed in seeds]
+
+    with scheduler._changed:  # all of them wait before the first begins
+        for each in (jobs(0, 1, 2, 3, 4, 5), jobs(10), jobs(20, 21)):
+            scheduler.submit(each)
+    until(lambda: scheduler.counts() == (0, 0))
+    assert begun[:2] == [0, 10] and begun.index(21) < begun.index(4)
+    assert [seed for seed in begun if seed < 10] == [0, 1, 2, 3, 4, 5]
+
+
 def test_closing_lets_what_runs_end(make):
     scheduler = make(slots=1)
     _, told = ask(scheduler, sampling=KINDS[0], max_tokens=30, stop=("zzzz",))
@@ -198,6 +218,9 @@ def test_bad_arguments(make):
     scheduler = make(max_length=40)
     with pytest.raises(UserError, match=r"it has 40 tokens, .* may have 40"):
         ask(scheduler, "aa" * 39)
+    for wrong in (100, -1):  # the model has 300, the tokenizer these
+        with pytest.raises(UserError, match=f"{wrong} is no token: ids are from 0 to 99"):
+            ask(scheduler, np.array([3, wrong], np.int32))
     with pytest.raises(UserError, match="it is empty"):
         ask(scheduler, np.zeros(0, np.int32))
     with pytest.raises(UserError, match="max_length: must be from 2 to the model's 160, not 161"):
