@@ -155,7 +155,8 @@ class Listed(Records):
 
 
 def read_csv(path: str, errors: Errors) -> Listed:
-    """A CSV file, or with .tsv one whose columns tabs separate; its first line names the columns.
+    """A CSV file; its first line names the columns. With .tsv, tabs separate these, a record is a
+    line, and quotes are quotes.
 
     Raises:
       UserError: it is not UTF-8, or a row has more or fewer columns than the first.
@@ -165,7 +166,12 @@ def read_csv(path: str, errors: Errors) -> Listed:
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 at byte {e.start}: convert the file to UTF-8") from None
     tabs = files.suffix(path) == ".tsv"
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
+    rows = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter="\t" if tabs else ",",
+        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
     names, records, places = None, [], []
     try:
         for row in rows:
@@ -191,23 +197,50 @@ def read_csv(path: str, errors: Errors) -> Listed:
 
 
 def read_json(path: str, errors: Errors) -> Records:
-    """A .json file: SQuAD's form, a list of objects, or else one object a line."""
+    """A .json file: SQuAD's form, a list of objects, one of these under 'data', or one object a
+    line.
+
+    Raises:
+      UserError: it is none of them.
+    """
+    data = files.read(path)
     try:
-        values = json.loads(files.read(path))
-    except (ValueError, RecursionError):
-        return JsonLines(path, errors)
+        values = json.loads(data)
+    except (ValueError, RecursionError) as e:
+        if _is_by_lines(data):
+            return JsonLines(path, errors)
+        raise UserError(f"{path}: not JSON: {e or 'nested too deeply'}") from None
+    where = ""
     if isinstance(values, dict) and isinstance(values.get("data"), list):
-        return _squad(path, values["data"], errors)
+        values, where = values["data"], "data: "
+        if any(isinstance(article, dict) and "paragraphs" in article for article in values):
+            return _squad(path, values, errors)
+    if isinstance(values, dict):
+        values = [values]
     if not isinstance(values, list):
-        return JsonLines(path, errors)
+        raise UserError(f"{path}: a list of objects is wanted, not {kind(values)}")
     records, places = [], []
     for i, record in enumerate(values):
+        place = f": {where}record {i + 1}"
         if isinstance(record, dict):
             records.append(record)
-            places.append(f": record {i + 1}")
+            places.append(place)
         else:
-            errors.handle(f"{path}: record {i + 1}: an object is wanted, not {kind(record)}")
+            errors.handle(f"{path}{place}: an object is wanted, not {kind(record)}")
     return Listed(path, records, places, errors)
+
+
+def _is_by_lines(data: bytes) -> bool:
+    """Whether one of the first two lines that are not blank is an object by itself, and the file no
+    list of them."""
+    lines = [line for line in data.lstrip().split(b"\n", 3)[:3] if line.strip()][:2]
+    for line in lines if not data.lstrip().startswith(b"[") else ():
+        try:
+            if isinstance(json.loads(line), dict):
+                return True
+        except (ValueError, RecursionError):
+            pass
+    return False
 
 
 def _squad(path: str, articles: list[Any], errors: Errors) -> Listed:

@@ -60,6 +60,8 @@ def complete(source, **changes):
         ("a.csv", 'q,a\n"1, 2",x\n\n\u00e9,2\n'),
         ("a.tsv", "q\ta\n1, 2\tx\n\u00e9\t2\n"),
         ("a.json", [{"q": "1, 2", "a": "x"}, {"q": "\u00e9", "a": 2}]),
+        ("a.json", {"version": 1, "data": [{"q": "1, 2", "a": "x"}, {"q": "\u00e9", "a": 2}]}),
+        ("a.json", '{"q": "1, 2", "a": "x"}\n\n{"q": "\u00e9", "a": 2}\n'),
     ],
 )
 def test_every_form_of_records_gives_the_same_examples(name, content, tmp_path):
@@ -71,6 +73,16 @@ def test_every_form_of_records_gives_the_same_examples(name, content, tmp_path):
     folder = documents(complete(str(tmp_path)), "train")
     assert list(folder) == list(found)
     assert list(texts(complete(str(tmp_path)), "train")) == ["1, 2?\nx", "\u00e9?\n2"]
+
+
+def test_quotes_of_a_tsv_are_quotes(tmp_path):
+    """As those of a text; in CSV they are what a column stands in."""
+    path = write(tmp_path, "a.tsv", 'q\ta\nb\t"c\nd\te\nf\tg"\n')
+    found = documents(complete(path), "train")
+    assert [(e.prompt, *e.targets) for e in found] == [("b?", '"c'), ("d?", "e"), ("f?", 'g"')]
+    path = write(tmp_path, "a.csv", 'q,a\nb,"c\nd,e\nf,g"\n')
+    (found,) = documents(complete(path), "train")
+    assert found.targets == ("c\nd,e\nf,g",)
 
 
 def test_parquet_gives_them_too(tmp_path):
@@ -114,6 +126,13 @@ def test_squad_is_flat_and_has_all_answers(tmp_path):
             {"data": [{"paragraphs": [{"qas": [{}]}]}]},
             r"data\[0\]: not in the form of SQuAD",
         ),
+        ("a.json", [{}, 2], r"a\.json: record 2: an object is wanted, not a number"),
+        ("a.json", {"data": [2]}, r"a\.json: data: record 1: an object is wanted"),
+        ("a.json", 2, r"a\.json: a list of objects is wanted, not a number"),
+        ("a.json", json.dumps(SQUAD)[:-9], r"a\.json: not JSON: .*line 1 column \d+"),
+        ("a.json", json.dumps(SQUAD, indent=1)[:-9], r"a\.json: not JSON: .*line \d\d column"),
+        ("a.json", '[\n{"q": "1", "a": "2"},\n', r"a\.json: not JSON: .*line 3"),
+        ("a.json", '{"q": "1"\n{"q": "1", "a": "2"}\n', r"a\.json:1: not JSON: .*object a line"),
         ("a.json", [1], r"a\.json: record 1: an object is wanted, not a number"),
         ("a.txt", "text", r"a\.txt: objective 'complete' is about records"),
     ],
