@@ -2,6 +2,8 @@
 
   scratch  a small bidirectional model that learns from the examples alone
   bert     a published BERT, fine-tuned: add --config.init_from=FOLDER
+  decoder  a published GPT-2, Llama or other model that writes, fine-tuned in the same way: its last
+           token, which has seen the text, tells the class, by a head in place of the one for words
   tiny     for a look at the whole, in seconds
 
 Examples are records with the fields `text` and `label` (a number or a name); for others, set
@@ -20,12 +22,13 @@ from lm_jax.config import (
     TokenizerConfig,
     TrainingConfig,
 )
-from lm_jax.recipes import choose, encoder
+from lm_jax.recipes import choose, encoder, prefix_lm
 
 #          layers, width, heads, vocabulary, length, batch, steps, warm-up, learning rate
 _VARIANTS = {
     "scratch": (2, 128, 4, 4096, 64, 32, 600, 60, 1e-3),
     "bert": (12, 768, 12, 30522, 128, 8, 500, 50, 1e-4),
+    "decoder": (4, 256, 4, 8192, 128, 8, 500, 50, 2e-5),
     "tiny": (2, 64, 2, 512, 32, 8, 30, 5, 1e-3),
 }
 
@@ -34,10 +37,13 @@ def get_config(variant: str = "scratch") -> Config:
     layers, width, heads, vocabulary, length, batch, steps, warmup, rate = choose(
         variant, _VARIANTS
     )
+    if variant == "decoder":
+        model = prefix_lm(layers, width, heads, max_length=length, prefix_attention=False)
+    else:
+        model = encoder(layers, width, heads, dropout=0.1 if variant == "bert" else 0.3)
+    model.head, fine_tuned = "classify", variant in ("bert", "decoder")
     return Config(
-        model=encoder(
-            layers, width, heads, head="classify", dropout=0.1 if variant == "bert" else 0.3
-        ),
+        model=model,
         tokenizer=TokenizerConfig(kind="sentencepiece", vocab_size=vocabulary),
         data=DataConfig(
             objective="classify",
@@ -56,7 +62,7 @@ def get_config(variant: str = "scratch") -> Config:
             final_fraction=0.0,
             warmup_steps=warmup,
             b2=0.999,
-            weight_decay=0.01 if variant == "bert" else 0.1,
+            weight_decay=0.01 if fine_tuned else 0.1,
         ),
         training=TrainingConfig(steps=steps, evaluate_every=max(10, steps // 6)),
         checkpoint=CheckpointConfig(every=0),

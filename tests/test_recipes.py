@@ -59,7 +59,7 @@ NAMED = {
 }
 APPLICATIONS = [
     *(("translate", v) for v in ("cpu", "large", "tiny")),
-    *(("sentiment", v) for v in ("scratch", "bert", "tiny")),
+    *(("sentiment", v) for v in ("scratch", "bert", "decoder", "tiny")),
     *(
         (r, v)
         for r in ("summarize", "answer", "instruct")
