@@ -2,6 +2,7 @@
 
 import bisect
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -99,30 +100,42 @@ class Tfds(Records):
 
     noun = "feature"
 
-    def __init__(self, name: str, splits: Sequence[str], wanted: Sequence[str], errors: Errors):
+    def __init__(self, source: str, splits: Sequence[str], wanted: Sequence[str], errors: Errors):
         """
         Args:
-          splits: the names that will do, best first.
+          source: NAME[/CONFIG], and behind it in brackets a split as TFDS writes it: 'test',
+            'train[:10%]', 'train[5:]+validation'.
+          splits: without one there, the names that will do, best first.
           wanted: the features to read; those that are not there are left out.
         """
-        builder = _tfds_builder(name)
+        parts = re.fullmatch(r"([^][]+)(?:\[(.+)\])?", source)
+        if parts is None:
+            raise UserError(
+                f"tfds:{source}: name a data set, and a split in brackets if you like, as in"
+                " 'tfds:squad/v1.1[validation]'"
+            )
+        self.name, split = parts.groups()
+        builder = _tfds_builder(self.name)
         super().__init__(errors, tuple(builder.info.features or ()))
-        self.name = name
         self.wanted = tuple(f for f in self.fields if f in wanted)
         there = [s for s in builder.info.splits if builder.info.splits[s].num_examples]
-        self.split = next((s for s in splits if s in there), "")
+        self.split = split or next((s for s in splits if s in there), "")
         if not self.split:
             raise UserError(
-                f"tfds:{name}: no split {' or '.join(splits)}; splits: {', '.join(there) or 'none'}"
+                f"tfds:{source}: no split {' or '.join(splits)}; splits: {_listed(there)}. Name one"
+                f" of them in brackets: 'tfds:{source}[SPLIT]'"
             )
-        self._length = builder.info.splits[self.split].num_examples
         try:
             self._records = builder.as_data_source(split=self.split)
         except NotImplementedError:
             raise UserError(
-                f"tfds:{name}: prepared as {builder.info.file_format.value}, which has no random "
+                f"tfds:{source}: prepared as {builder.info.file_format.value}, which has no random "
                 "access; prepare it again with file_format='array_record', in another TFDS_DATA_DIR"
             ) from None
+        except ValueError as e:
+            first = str(e).splitlines()[0]
+            raise UserError(f"tfds:{source}: {first} Splits: {_listed(there)}") from None
+        self._length = len(self._records)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_records": None}  # a worker process opens the files itself
@@ -142,6 +155,10 @@ class Tfds(Records):
         except UnicodeDecodeError as e:
             self.bad(i, f"not UTF-8 at byte {e.start}")
             return {}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def _plain(value: Any) -> Any:

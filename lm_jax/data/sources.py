@@ -11,6 +11,7 @@ from lm_jax.config import OF_EXAMPLES, DataConfig
 from lm_jax.data import files, records
 from lm_jax.data.columnar import Parquet, Tfds
 from lm_jax.data.examples import Example, Examples, fields_of
+from lm_jax.data.nested import holder
 from lm_jax.data.readers import Errors, Files, Spans
 from lm_jax.data.records import Column, Records
 from lm_jax.errors import UserError
@@ -159,7 +160,10 @@ def _open(sources: Sequence[str], config: DataConfig, tfds_splits: Sequence[str]
 
 def _wanted(config: DataConfig) -> list[str]:
     """The fields of a record that are read."""
-    return fields_of(config) if config.objective in OF_EXAMPLES else [config.text_key]
+    if config.objective not in OF_EXAMPLES:
+        return [config.text_key]
+    fields = fields_of(config)
+    return [*fields, *map(holder, fields)]
 
 
 def _of_records(found: Records, config: DataConfig, where: str) -> Sequence[Document]:
