@@ -14,7 +14,8 @@ Examples are SQuAD's JSON (Rajpurkar et al. 2016) or records with the fields `co
 and `answers`, a list, and to extract them `answer_starts`, the characters at which they begin; for
 others, set --config.data.prompt, --config.data.target, --config.data.context and
 --config.data.answer_starts. Name the files with --config.data.sources and
---config.data.validation_sources.
+--config.data.validation_sources. With questions that have no answer, as SQuAD 2.0 has them, set
+--config.data.unanswerable=True.
 """
 
 from lm_jax.applications import APPLICATIONS, EXTRACT

@@ -154,7 +154,9 @@ LEAST_MASKED_LENGTH = 3  # tokens of a row: [CLS], one that can be masked, [SEP]
 class DataConfig:
     """From text to packed rows."""
 
-    sources: tuple[str, ...] = ()  # paths, folders, globs, 'python:' or 'tfds:NAME[/CONFIG]'
+    # Paths, folders, globs, 'python:' or 'tfds:NAME[/CONFIG]', behind which a split may stand in
+    # brackets: 'tfds:squad[train[:10%]]'.
+    sources: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()  # one a source: its share of the documents; (): by size
     validation_sources: tuple[str, ...] = ()  # (): split off from `sources`
     validation_split: str = choice("document", "tail")  # tail: the end of each document
@@ -188,6 +190,9 @@ class DataConfig:
     # extract: the field that says at which characters of the context the answers begin; '': their
     # first place in it.
     answer_starts: str = ""
+    # complete, chat and extract: there may be no answer (SQuAD 2.0, Rajpurkar et al. 2018). An
+    # empty list of answers, or an empty text, says so and is learned; else it is an error.
+    unanswerable: bool = False
     stride: int = 128  # extract: tokens that two windows of a long context share
     labels: tuple[str, ...] = ()  # classify: the names of the classes; label 0 is the first
     # classify: the token whose state tells the class; None: the first, of a causal model the last.
@@ -220,6 +225,9 @@ class TaskConfig:
     max_tokens: int | None = resumable(None)  # of an answer; None: the task's
     beams: int = resumable(1)  # 1: greedily, the most probable token each time
     length_penalty: float = resumable(1.0)  # of beams: above 1 favours long answers
+    # extract, with data.unanswerable: there is no answer where that scores higher than the best one
+    # by more than this (Devlin et al. 2018, section 4.3, with the other sign).
+    null_threshold: float = resumable(0.0)
     every: int = resumable(0)  # steps of training; 0: at the end alone
     examples: int | None = resumable(None)  # the first so many; None: all
     rows: int = resumable(16)  # examples answered at a time

@@ -45,6 +45,11 @@ def example_checks(config: Config) -> Iterator[Check]:
             f"objective '{data.objective}' has none: leave it out",
         )
     yield (
+        not data.unanswerable or (data.objective in OF_EXAMPLES and not classify and data.target),
+        "data.unanswerable",
+        f"objective '{data.objective}' has no answers by themselves: leave it out",
+    )
+    yield (
         classify or not data.labels,
         "data.labels",
         f"objective '{data.objective}' has no classes: leave it out",
@@ -145,5 +150,5 @@ def task_checks(config: Config) -> Iterator[Check]:
         f" '{objective}'",
     )
     if task.name == "none":
-        for key in ("metrics", "every", "keep_best"):
+        for key in ("metrics", "null_threshold", "every", "keep_best"):
             yield not getattr(task, key), f"task.{key}", "there is no task: set task.name as well"

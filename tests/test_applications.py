@@ -30,13 +30,16 @@ def _answers(count):
     ]
 
 
-def _squad(count):
+def _squad(count, unanswerable):
+    """Of the second version, each third question has no answer."""
     paragraphs = []
     for i, s in enumerate(_sentences(count)):
-        answer = {"text": s.split()[1], "answer_start": 4}
-        qas = [{"id": str(i), "question": "Who?", "answers": [answer]}]
-        paragraphs.append({"context": s, "qas": qas})
-    return {"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}
+        asked = {"id": str(i), "question": "Who?"}
+        asked["answers"] = [{"text": s.split()[1], "answer_start": 4}]
+        if unanswerable and i % 3 == 0:
+            asked |= {"question": "Where?", "answers": [], "is_impossible": True}
+        paragraphs.append({"context": s, "qas": [asked]})
+    return {"data": [{"title": "t", "paragraphs": paragraphs}]}
 
 
 def _examples(name, count):
@@ -70,10 +73,10 @@ def recipe(name, variant="tiny", **overrides):
     return config
 
 
-def written(folder, name, count=120):
+def written(folder, name, count=120, unanswerable=False):
     if name == "answer":
         path = folder / "examples.json"
-        path.write_text(json.dumps(_squad(count)))
+        path.write_text(json.dumps(_squad(count, unanswerable)))
     else:
         path = folder / "examples.jsonl"
         path.write_text("".join(json.dumps(e) + "\n" for e in _examples(name, count)))
@@ -93,11 +96,13 @@ def written(folder, name, count=120):
 )
 def test_a_recipe_learns_and_is_scored(name, steps, metric, least, tmp_path, capsys):
     name, _, variant = name.partition(":")
-    source, workdir = written(tmp_path, name), str(tmp_path / "run")
+    unanswerable, workdir = variant == "extract_tiny", str(tmp_path / "run")
+    source = written(tmp_path, name, unanswerable=unanswerable)
     config = recipe(
         name,
         variant or "tiny",
         data__sources=(source,),
+        data__unanswerable=unanswerable,
         data__validation_fraction=0.2,
         training__steps=steps,
         training__evaluate_every=0,
@@ -125,6 +130,13 @@ def test_a_recipe_learns_and_is_scored(name, steps, metric, least, tmp_path, cap
     assert again["scores"] == report["scores"]
     with pytest.raises(UserError, match="holds predictions for other examples"):
         evaluate_task(workdir, name, output=str(output), sources=(source,))
+    assert ("unanswerable" in report) == unanswerable
+    if unanswerable:
+        of_kinds = report["unanswerable"]["by_kind"]
+        assert {kind: least <= x[metric] for kind, x in of_kinds.items()} == {
+            "answerable": True, "unanswerable": True
+        }  # fmt: skip
+        assert report["unanswerable"]["best"][metric]["score"] >= scored[metric]
     if name == "instruct":
         assert talked_with(workdir) == "I see."
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm_jax.config import DataConfig
+from lm_jax.data.nested import flat
 from lm_jax.data.records import Record, Records, kind
 from lm_jax.errors import UserError
 from lm_jax.template import Span, Template
@@ -19,10 +20,12 @@ class Example:
       prompt: what is given; of objective 'classify' the text.
       fields: the parts of `prompt` that a record's fields hold, all else is the template's; None:
         all of it, and of a conversation each message.
-      targets: right answers, of which the first is learned; the name of the class.
+      targets: right answers, of which the first is learned; the name of the class. One that is ''
+        says that there is no answer.
       label: of objective 'classify', the number of the class.
       context: of objective 'extract', the text that the targets are parts of.
       start: of objective 'extract', the character of `context` at which the first target begins.
+      misplaced: of objective 'extract', why that cannot be told: it can be scored by, not learned.
       messages: of objective 'chat', the conversation, {'role': ..., 'content': ...} each; the last
         is the assistant's.
       origin: the records that it was made of, and which of them.
@@ -34,6 +37,7 @@ class Example:
     messages: tuple[dict[str, str], ...] = ()
     context: str = ""
     start: int = 0
+    misplaced: str = ""
     fields: tuple[Span, ...] | None = None
     origin: tuple[Records, int] | None = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -81,10 +85,10 @@ class Examples(Sequence):
         self.prompt = Template(config.prompt, "data.prompt")
         self.target = Template(config.target, "data.target")
         self.context = Template(config.context, "data.context")
-        self.starts = config.answer_starts
+        self.starts, self.unanswerable = config.answer_starts, config.unanswerable
         if records.fields is not None:
             for name in fields_of(config):
-                if name not in records.fields:
+                if name != self.starts and name not in records.fields:
                     raise UserError(f"{where}: {self._missing(name, records.fields)}")
         elif len(records):
             self[0]  # a wrong template is better known now than in the middle of a run
@@ -93,7 +97,7 @@ class Examples(Sequence):
         return len(self.records)
 
     def __getitem__(self, i: int) -> Example:
-        record = self.records[i]
+        record = flat(self.records[i])
         if not record:
             return SKIPPED
         if self.objective == "chat" and not self.target.parts:
@@ -104,8 +108,8 @@ class Examples(Sequence):
             targets = self._targets(record)
             if self.objective == "extract":
                 context, _ = self._fill(self.context, record)
-                start = self._start(record, context, targets[0])
-                return Example(prompt, targets, context=context, start=start, origin=origin)
+                place = self._place(record, context, targets[0])
+                return Example(prompt, targets, context=context, **place, origin=origin)
             label = self._label(targets[0]) if self.objective == "classify" else 0
         except KeyError as e:
             return self._bad(i, self._missing(e.args[0], list(record)))
@@ -132,25 +136,35 @@ class Examples(Sequence):
 
     def _targets(self, record: Record) -> tuple[str, ...]:
         several = [name for name in self.target.fields if isinstance(record[name], list)]
-        if not several:
-            return (self._fill(self.target, record)[0],)
         if len(several) > 1:
             raise ValueError(f"'{several[0]}' and '{several[1]}' are both lists: one may be")
-        if not record[several[0]]:
-            raise ValueError(f"'{several[0]}' is empty: there is nothing to answer")
-        found = []
-        for n in range(len(record[several[0]])):
-            one = record | {several[0]: record[several[0]][n]}
-            found.append(self._fill(self.target, one)[0])
-        return tuple(dict.fromkeys(found))
+        records = [record]
+        if several:
+            records = [record | {several[0]: one} for one in record[several[0]]]
+        found = [self._fill(self.target, one)[0] for one in records]
+        found = [text for text in found if text.strip()]
+        if not found and not self.unanswerable:
+            what = f"'{several[0]}' is" if several else "the target is"
+            raise ValueError(
+                f"{what} empty: there is nothing to answer. If that is right, as in SQuAD 2.0, set"
+                " data.unanswerable=True"
+            )
+        return tuple(dict.fromkeys(found)) or ("",)
 
     def _fill(self, template: Template, record: Record) -> tuple[str, tuple[Span, ...]]:
         return template.fill({name: _text(record, name) for name in template.fields})
 
+    def _place(self, record: Record, context: str, answer: str) -> dict[str, Any]:
+        """Where in `context` the answer begins, as fields of an `Example`."""
+        try:
+            return {"start": self._start(record, context, answer) if answer else 0}
+        except KeyError as e:
+            return {"misplaced": self._missing(e.args[0], list(record))}
+        except ValueError as e:
+            return {"misplaced": str(e)}
+
     def _start(self, record: Record, context: str, answer: str) -> int:
         """The character of `context` at which `answer` begins."""
-        if not answer:
-            raise ValueError("the answer is empty: it has no place in the context")
         if not self.starts:
             if (start := context.find(answer)) < 0:
                 raise ValueError(f"the answer {answer[:80]!r} is no part of the context")

@@ -14,9 +14,10 @@ import numpy as np
 from lm_jax.config import DataConfig
 from lm_jax.data.examples import Example
 from lm_jax.data.tokenizer_base import Tokenizer
+from lm_jax.errors import UserError
 
 # What the target of a token tells, added up. FIRST and LAST are those of the answer, or both of the
-# window's first token where the answer is not in it.
+# window's first token where the answer is not in it, or there is none.
 FIRST, LAST, CONTEXT = 1, 2, 4
 
 
@@ -39,12 +40,20 @@ class Window:
 
     def pairs(self, example: Example) -> np.ndarray:
         """(input, target, whether it counts), int32 [P, 3]; what counts is the target FIRST, so
-        that a window counts once."""
+        that a window counts once.
+
+        Raises:
+          UserError: where the answer begins cannot be told.
+        """
+        if example.misplaced:
+            raise UserError(example.misplaced)
         start, stop = example.start, example.start + len(example.targets[0])
         within_P = (self.spans[:, 0] < stop) & (self.spans[:, 1] > start)
         places = np.flatnonzero(within_P)
-        whole = len(places) and (
-            self.spans[places[0], 0] <= start and self.spans[places[-1], 1] >= stop
+        whole = (
+            len(places)
+            and stop > start
+            and (self.spans[places[0], 0] <= start and self.spans[places[-1], 1] >= stop)
         )
         first, last = (places[0], places[-1]) if whole else (0, 0)
         pairs_P3 = np.zeros((len(self.ids), 3), np.int32)

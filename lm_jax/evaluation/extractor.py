@@ -5,6 +5,7 @@ B windows of a batch, T length.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,32 @@ class Answer:
       text: of the context, without the spaces around it.
       start: the character of the context at which it begins.
       score: the sum of the scores of its first and its last token.
+      null: that sum for the first token of a window, which stands for no answer: of several windows
+        the lowest, as one of them may hold the answer (Devlin et al. 2018, section 4.3).
     """
 
     text: str
     start: int
     score: float
+    null: float
+
+    @property
+    def null_margin(self) -> float:
+        """How much higher no answer scores than this one."""
+        return self.null - self.score
+
+    def record(self, unanswerable: bool, threshold: float) -> dict[str, Any]:
+        """What is predicted, and by which scores.
+
+        Args:
+          unanswerable: there may be no answer; then that is predicted, as '', where its score is
+            higher by more than `threshold`.
+        """
+        out = {"prediction": self.text, "start": self.start, "score": round(self.score, 4)}
+        if unanswerable:
+            out |= {"candidate": self.text, "null_margin": round(self.null_margin, 4)}
+            out["prediction"] = "" if self.null_margin > threshold else self.text
+        return out
 
 
 def extract(
@@ -43,9 +65,10 @@ def extract(
     max_tokens: int = 30,
     batch_size: int = 32,
     on_done: Callable[[int], None] | None = None,
-) -> list[Answer]:
+) -> list[Answer | None]:
     """The best answer to each example's prompt in its context: over all windows, the span of at
-    most `max_tokens` tokens with the highest sum of scores (Devlin et al. 2018).
+    most `max_tokens` tokens with the highest sum of scores (Devlin et al. 2018). None for one that
+    was skipped, as its context has no token.
 
     Inside `jax.set_mesh` the windows are shared out over it.
 
@@ -54,7 +77,7 @@ def extract(
       on_done: called with the number of examples whose windows are all read, at least.
 
     Raises:
-      UserError: the model has no such head, or a context has no token.
+      UserError: the model has no such head; or a context has no token, unless such are skipped.
     """
     if model.config.head != "span":
         raise UserError(f"model.head = '{model.config.head}': this model finds no answers in texts")
@@ -65,6 +88,7 @@ def extract(
         found += [(i, window) for window in windows(example, tokenizer, data)]
     B = -(-min(batch_size, max(len(found), 1)) // shards("batch")) * shards("batch")
     best: list[Answer | None] = [None] * len(examples)
+    null = np.full(len(examples), np.inf)
     left = np.bincount([i for i, _ in found], minlength=len(examples))
     for chosen in by_length([len(window.ids) for _, window in found], B):
         rows = [found[n][1] for n in chosen]
@@ -76,17 +100,16 @@ def extract(
         for n, scores_T2 in zip(chosen, scores_BT2, strict=False):
             i, window = found[n]
             answer = _best(window, scores_T2[: len(window.ids)], examples[i].context, max_tokens)
-            if answer and (best[i] is None or answer.score > best[i].score):
-                best[i] = answer
+            if answer:
+                null[i] = min(null[i], answer.null)
+                best[i] = max(best[i] or answer, answer, key=lambda a: a.score)
             left[i] -= 1
         if on_done:
             on_done(int((left == 0).sum()))
-    if None in best:
-        i = best.index(None)
-        raise UserError(
-            f"example {i + 1} of {len(examples)}: its context is empty: it has no token"
-        )
-    return [answer for answer in best if answer is not None]
+    for example, answer in zip(examples, best, strict=True):
+        if answer is None:
+            example.bad("its context is empty: it has no token")
+    return [x and dataclasses.replace(x, null=float(n)) for x, n in zip(best, null, strict=True)]
 
 
 def _best(window: Window, scores_T2: np.ndarray, context: str, most: int) -> Answer | None:
@@ -103,7 +126,7 @@ def _best(window: Window, scores_T2: np.ndarray, context: str, most: int) -> Ans
     start, stop = int(window.spans[places[first], 0]), int(window.spans[places[last], 1])
     text = context[start:stop]
     start += len(text) - len(text.lstrip())
-    return Answer(text.strip(), start, float(sums_nn[first, last]))
+    return Answer(text.strip(), start, float(sums_nn[first, last]), float(scores_T2[0].sum()))
 
 
 @jax.jit

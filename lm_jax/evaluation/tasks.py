@@ -88,10 +88,11 @@ def run_task(
         count = (lambda n, before=before: on_done(before + n)) if on_done else None
         found = answer(model, tokenizer, [e for _, e in some], data, task, batch_size, count)
         for (i, example), prediction in zip(some, found):
-            there[i] = {"index": i} | _asked(example) | prediction
-            if on_record:
-                on_record(there[i])
-    records = [there[i] for i, _ in asked]
+            if prediction is not None:
+                there[i] = {"index": i} | _asked(example) | prediction
+                if on_record:
+                    on_record(there[i])
+    records = [there[i] for i, _ in asked if i in there]
     predictions = [r["prediction"] for r in records]
     references = [[_plain(t) for t in r["references"]] for r in records]
     scores = score(names, predictions, references)
@@ -152,7 +153,9 @@ def _classes(model, tokenizer, examples, data, task, batch_size, on_done) -> lis
     ]
 
 
-def _spans(model, tokenizer, examples, data, task, batch_size, on_done) -> list[dict[str, Any]]:
+def _spans(
+    model, tokenizer, examples, data, task, batch_size, on_done
+) -> list[dict[str, Any] | None]:
     most = task.max_tokens or find(task.name).max_tokens
     found = extract(
         model,
@@ -163,10 +166,7 @@ def _spans(model, tokenizer, examples, data, task, batch_size, on_done) -> list[
         batch_size=batch_size,
         on_done=on_done,
     )
-    return [
-        {"prediction": answer.text, "start": answer.start, "score": round(answer.score, 4)}
-        for answer in found
-    ]
+    return [a and a.record(data.unanswerable, task.null_threshold) for a in found]
 
 
 def read_records(path: str, examples: Sequence[Example]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from lm_jax.data.chat import chat_template_of
 from lm_jax.data.sources import documents
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
+from lm_jax.evaluation import unanswerable
 from lm_jax.evaluation.metrics import table
 from lm_jax.evaluation.tasks import Result, metrics_of, read_records, run_task
 from lm_jax.progress import progress
@@ -94,7 +95,7 @@ def evaluate_task(
         "sources": list(data.validation_sources or data.sources),
         "examples": len(result.records),
         "scores": {key: dataclasses.asdict(s) for key, s in result.scores.items()},
-    }
+    } | unanswerable.report(result.records)
     return report, result
 
 

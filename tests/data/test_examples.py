@@ -270,7 +270,7 @@ def test_what_cannot_be_encoded_is_named_by_its_place_or_left_out(tmp_path):
 
 def test_nothing_to_learn_ends_a_run(tmp_path):
     source = write(tmp_path, "a.jsonl", json.dumps({"q": "a", "a": ""}))
-    config = complete(source, epochs=None, on_error="skip")
+    config = complete(source, epochs=None, on_error="skip", unanswerable=True)
     with (
         train_stream(config, CharacterTokenizer("a?"), seed=0) as stream,
         pytest.raises(UserError, match="nothing to predict"),
@@ -314,6 +314,9 @@ def test_batches_of_examples_are_the_same_on_any_number_of_processes(tmp_path):
         ({"data.objective": "chat", "data.prompt": "x {m}"}, "names the field of a conversation"),
         ({"data.objective": "classify", "data.prompt": "{q}", "data.target": "{a}",
           "model.head": "classify", "model.causal": False}, "data.labels: name the classes"),
+        ({"data.unanswerable": True}, "data.unanswerable: objective 'next_token' has no answers"),
+        ({"data.objective": "chat", "data.prompt": "{m}", "data.unanswerable": True},
+         "data.unanswerable: objective 'chat' has no answers"),
         ({"data.turns": "apart"}, "data.turns: objective 'next_token' has no conversations"),
         ({"data.objective": "chat", "data.prompt": "{m}", "data.turns": "together",
           "model.prefix_attention": True}, "data.turns: with model.prefix_attention"),

@@ -137,21 +137,59 @@ def record(**changes):
     ("wrong", "starts", "said"),
     [
         (record(answers=["dort"]), "", "the answer 'dort' is no part of the context"),
-        (record(answers=[""]), "", "the answer is empty"),
         (record(at=[0]), "at", "at character 0 of the context stands 'Da' and not the answer 'da'"),
         (record(at=[-1]), "at", "at character -1"),
         (record(at=["7"]), "at", "'at' must be a number or several"),
         (record(), "at", "no key 'at'"),
     ],
 )
-def test_an_answer_that_is_not_there_is_named_by_its_line(wrong, starts, said, tmp_path):
+def test_an_answer_that_is_not_there_is_scored_by_and_not_learned(wrong, starts, said, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(record(at=[7])) + "\n" + json.dumps(wrong) + "\n")
-    found = documents(config(sources=(str(path),), answer_starts=starts), "train")
-    assert found[0].start == 7
-    with pytest.raises(UserError, match=r"a\.jsonl:2") as e:
-        found[1]
+    data = config(sources=(str(path),), answer_starts=starts, shuffle=False, epochs=1)
+    found = documents(data, "train")
+    assert found[0].start == 7 and found[1].targets == tuple(wrong["answers"])
+    with (
+        train_stream(data, BytesTokenizer(), seed=0) as stream,
+        pytest.raises(UserError, match=r"a\.jsonl:2") as e,
+    ):
+        list(stream)
     assert said in str(e.value)
+    data.on_error = "skip"
+    with train_stream(data, BytesTokenizer(), seed=0) as stream:
+        assert sum(b["weights"].sum() for b in stream) == 1
+
+
+@pytest.mark.parametrize("nothing", [[], [""], ""])
+def test_that_there_is_no_answer_is_said_and_learned(nothing, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(record(context=TEXT, answers=nothing)) + "\n")
+    data = config(sources=(str(path),), epochs=1)
+    with pytest.raises(UserError, match=r"a\.jsonl:1: .* empty: .*data\.unanswerable=True"):
+        documents(data, "train")
+    data.unanswerable = True
+    (example,) = documents(data, "train")
+    assert example.targets == ("",)
+    made = list(windows(example, BytesTokenizer(), data))
+    for window in made:
+        pairs = window.pairs(example)
+        assert pairs[0, 1] & (FIRST | LAST) == FIRST | LAST and not (pairs[1:, 1] & FIRST).any()
+    with train_stream(data, BytesTokenizer(), seed=0) as stream:
+        assert sum(b["weights"].sum() for b in stream) == len(made) > 1
+
+
+def test_in_words_no_answer_is_an_end_at_once(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(record(answers=[])) + "\n")
+    for objective in ("complete", "chat"):
+        data = config(
+            sources=(str(path),), objective=objective, context="", unanswerable=True, epochs=1,
+            turns="together" if objective == "chat" else None,
+        )  # fmt: skip
+        with train_stream(data, BytesTokenizer(), seed=0) as stream:
+            (batch,) = stream
+        told = batch["targets"][batch["weights"] > 0].tolist()
+        assert told == ([257] if objective == "complete" else [*b" ", 257])
 
 
 def test_windows_are_packed_and_each_counts_once(tmp_path):

@@ -52,7 +52,10 @@ def folder(request, tmp_path_factory) -> pathlib.Path:
     return out
 
 
-def theirs(folder: pathlib.Path, most: int) -> list[tuple[str, float]]:
+Found = tuple[str, float, float]  # the answer, its score, and that of no answer
+
+
+def theirs(folder: pathlib.Path, most: int) -> list[Found]:
     """The best spans by Transformers, with its tokenizer and its windows."""
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
     with published.silence():
@@ -66,7 +69,7 @@ def theirs(folder: pathlib.Path, most: int) -> list[tuple[str, float]]:
             example.prompt, example.context, max_length=LENGTH, stride=STRIDE,
             truncation="only_second", return_overflowing_tokens=True, return_offsets_mapping=True,
         )  # fmt: skip
-        best = ("", -np.inf)
+        best, null = ("", -np.inf), np.inf
         for n, ids in enumerate(given["input_ids"]):
             inputs = {"input_ids": torch.tensor([ids])}
             if model.config.model_type == "bert":
@@ -74,6 +77,7 @@ def theirs(folder: pathlib.Path, most: int) -> list[tuple[str, float]]:
             with torch.no_grad():
                 scores = model.eval()(**inputs)
             begin, end = scores.start_logits[0].numpy(), scores.end_logits[0].numpy()
+            null = min(null, float(begin[0] + end[0]))
             places = [i for i, s in enumerate(given.sequence_ids(n)) if s == 1]
             for i in places:
                 for j in places:
@@ -81,11 +85,11 @@ def theirs(folder: pathlib.Path, most: int) -> list[tuple[str, float]]:
                         span = given["offset_mapping"][n]
                         text = example.context[span[i][0] : span[j][1]].strip()
                         best = (text, float(begin[i] + end[j]))
-        out.append(best)
+        out.append((*best, null))
     return out
 
 
-def ours(path: pathlib.Path, most: int, batch_size: int = 2) -> list[tuple[str, float]]:
+def ours(path: pathlib.Path, most: int, batch_size: int = 2) -> list[Found]:
     mesh = on_devices((1, 1, 1))
     loaded = load_for_inference(str(path), mesh, None, "float32")
     data = loaded.config.data
@@ -96,17 +100,17 @@ def ours(path: pathlib.Path, most: int, batch_size: int = 2) -> list[tuple[str, 
         )
     for example, answer in zip(ASKED, found, strict=True):
         assert example.context[answer.start :].startswith(answer.text)
-    return [(answer.text, answer.score) for answer in found]
+    return [(answer.text, answer.score, answer.null) for answer in found]
 
 
-def same(a: list[tuple[str, float]], b: list[tuple[str, float]]) -> None:
-    assert [text for text, _ in a] == [text for text, _ in b]
-    np.testing.assert_allclose([s for _, s in a], [s for _, s in b], atol=1e-4)
+def same(a: list[Found], b: list[Found]) -> None:
+    assert [text for text, *_ in a] == [text for text, *_ in b]
+    np.testing.assert_allclose([s for _, *s in a], [s for _, *s in b], atol=1e-4)
 
 
 def test_it_answers_as_in_transformers_and_comes_and_goes(folder, tmp_path):
     want = theirs(folder, most=6)
-    assert len({text for text, _ in want}) == 3
+    assert len({text for text, *_ in want}) == 3
     same(ours(folder, most=6), want)
     same(ours(folder, most=6, batch_size=16), want)
     loaded = conversion.load(str(folder))
