@@ -125,7 +125,7 @@ class ModelConfig:
     )
     scan_layers: bool = resumable(True)  # False unrolls; the parameters are stacked either way
     # How it is computed; auto: the fastest that this platform has for this model.
-    attention: str = choice("auto", "xla", "cudnn", "splash", "ring", resumable=True)
+    attention: str = choice("auto", "xla", "cudnn", "splash", "ring", "tiled", resumable=True)
 
 
 # What of `model` is the recipe's with `init_from` as well; all else comes with the weights.

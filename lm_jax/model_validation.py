@@ -143,7 +143,7 @@ def _prefix_checks(model: ModelConfig) -> Iterator[Check]:
     )
     yield not any(model.windows), "model.windows", "prefix attention has none: leave it ()"
     yield (
-        model.attention in ("auto", "xla"),
+        model.attention in ("auto", "xla", "tiled"),
         "model.attention",
         f"'{model.attention}' cannot do model.prefix_attention: use auto",
     )

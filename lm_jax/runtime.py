@@ -1,13 +1,14 @@
 """What every entry point sets in jax before it does anything else."""
 
 import atexit
+import glob
 import logging
 import os
 import sys
 
 import jax
 
-from lm_jax import cluster, rendezvous
+from lm_jax import cluster, host_memory, rendezvous
 
 _JOIN_SECONDS = 300  # that the processes of a job wait for one another to start
 
@@ -15,8 +16,8 @@ _JOIN_SECONDS = 300  # that the processes of a job wait for one another to start
 def configure(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
-    """Joins the other processes of the job, if there are any, and turns on the persistent
-    compilation cache, so that a second start compiles nothing.
+    """Joins the other processes of the job, if there are any, turns on the persistent compilation
+    cache, so that a second start compiles nothing, and on CPUs keeps memory from step to step.
 
     A job of several processes is known by the arguments, by variables or by a TPU VM's metadata:
     see `cluster.find_job`. They wait for one another as many seconds as LM_JAX_JOIN_SECONDS says.
@@ -38,9 +39,19 @@ def configure(
     _quiet_without_tpu()
     if job is not None:
         _join(job)
+    if _computes_on_cpu() and host_memory.keep():
+        # A program that is dispatched while another runs would take a second block.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(base, "lm_jax", "jax"))
+
+
+def _computes_on_cpu() -> bool:
+    """Before jax itself looks, which is when it starts the threads that compute."""
+    if jax.config.jax_platforms:
+        return jax.config.jax_platforms == "cpu"
+    return not (cluster.has_tpu() or glob.glob("/dev/nvidia[0-9]*") or os.path.exists("/dev/kfd"))
 
 
 def _join(job: cluster.Job) -> None:

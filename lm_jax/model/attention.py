@@ -3,18 +3,18 @@
 B batch, T query length, S key length, N query heads, K key/value heads, G = N / K, H head width.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
-from lm_jax.model.dropout import dropout
+from lm_jax.model.dropout import dropout, kept
+from lm_jax.model.tiled import MASKED, tiled_attention
 from lm_jax.sharding.mesh import activation_spec, platform, reshard, shards
-
-# Below every score that a finite model makes, and finite itself: a row that is masked out
-# altogether gives a uniform distribution and no NaN.
-MASKED = -1e30
 
 
 def layer_kinds(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -118,6 +118,11 @@ def resolve_backend(config: ModelConfig, length: int) -> str:
             ("mesh.sequence above 1, that divides the row", parts == 1 or length % parts),
             no_dropout,
         ),
+        "tiled": (
+            (f"a CPU, and this is {here}", here != "cpu"),
+            (f"mesh.sequence = 1, not {parts}", parts > 1),
+            ("model.attention_softcap = 0", config.attention_softcap > 0),
+        ),
     }
     if config.attention == "auto":
         usable = (k for k, needs in obstacles.items() if not any(missing for _, missing in needs))
@@ -135,6 +140,7 @@ def attention(
     mask_BTS: jax.Array | None,
     *,
     backend: str = "xla",
+    causal: bool = False,
     length: str | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
@@ -148,12 +154,13 @@ def attention(
 
     Args:
       mask_BTS: see `attention_mask`.
-      backend: 'xla' (the reference) or 'cudnn'.
+      backend: 'xla' (the reference), 'cudnn' or 'tiled'.
+      causal: the mask hides all keys behind a query, with which 'tiled' saves half of the work.
       length: logical axis of T. Where the mesh splits it, each part of the queries sees the keys
         and values of all, gathered.
       scale: of the scores; None: H ** -0.5.
-      softcap: scores are squashed into (-softcap, softcap) by tanh (Gemma 2); 0: not. Not with
-        'cudnn'.
+      softcap: scores are squashed into (-softcap, softcap) by tanh (Gemma 2); 0: not. With 'xla'
+        alone.
       dropout_rate: on the attention weights; needs `dropout_key`. Not with 'cudnn'.
 
     Returns:
@@ -164,6 +171,19 @@ def attention(
     if backend == "cudnn":
         out_BTNH = _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale, length)
         return checkpoint_name(out_BTNH, "attention")
+    if backend == "tiled":
+        kept_BKGTS = None
+        if dropout_key is not None and dropout_rate:
+            (B, T, N, _), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+            spec = activation_spec("batch", "kv_heads", None, length, None)
+            kept_BKGTS = kept((B, K, N // K, T, S), dropout_rate, dropout_key, spec)
+        run = functools.partial(
+            tiled_attention,
+            causal=causal,
+            scale=q_BTNH.shape[3] ** -0.5 if scale is None else scale,
+            rate=dropout_rate,
+        )
+        return _on_each_device(run, q_BTNH, k_BSKH, v_BSKH, mask_BTS, kept_BKGTS, length=length)
     weights_BKGTS = attention_weights(
         q_BTNH, k_BSKH, mask_BTS, length=length, scale=scale, softcap=softcap
     )
@@ -221,10 +241,18 @@ def _cudnn(
             q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=scale, implementation="cudnn"
         )
 
+    return _on_each_device(local, q_BTNH, k_BSKH, v_BSKH, mask_BTS, length=length)
+
+
+def _on_each_device(
+    local: Callable[..., jax.Array], *inputs: jax.Array | None, length: str | None
+) -> jax.Array:
+    """`local` of each device's parts of queries, keys, values and what there is besides: [B, T, N,
+    H], as the queries are."""
     q_spec = activation_spec("batch", length, "heads", "head_width")
     if q_spec is not None:
         kv_spec = activation_spec("batch", None, "kv_heads", "head_width")
-        mask_spec = None if mask_BTS is None else jax.typeof(mask_BTS).sharding.spec
-        in_specs = q_spec, kv_spec, kv_spec, mask_spec
+        rest = (None if x is None else jax.typeof(x).sharding.spec for x in inputs[3:])
+        in_specs = q_spec, kv_spec, kv_spec, *rest
         local = jax.shard_map(local, in_specs=in_specs, out_specs=q_spec, check_vma=False)
-    return local(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    return local(*inputs)

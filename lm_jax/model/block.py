@@ -109,6 +109,7 @@ class Attention(nnx.Module):
                 v_BTKH,
                 mask_BTS,
                 backend=context.backend,
+                causal=c.causal and not c.prefix_attention,
                 dropout_rate=c.dropout,
                 dropout_key=key,
                 **common,

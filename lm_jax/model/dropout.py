@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -13,5 +14,9 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
     on_a_mesh = not jax.sharding.get_abstract_mesh().empty
     spec = jax.typeof(x).sharding.spec if on_a_mesh else None
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=spec)
-    return jnp.where(kept, x / (1 - rate), 0)
+    return jnp.where(kept(x.shape, rate, key, spec), x / (1 - rate), 0)
+
+
+def kept(shape: tuple[int, ...], rate: float, key: jax.Array, spec: P | None) -> jax.Array:
+    """bool, of this shape and sharding: False where dropout zeroes."""
+    return jax.random.bernoulli(key, 1 - rate, shape, out_sharding=spec)

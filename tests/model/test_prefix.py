@@ -225,7 +225,7 @@ def test_what_would_be_silently_wrong_is_refused():
 
 def test_backends_without_it_are_refused_and_never_chosen():
     with jax.set_mesh(on_devices((2, 2, 2))):
-        assert resolve_backend(PREFIX_LLAMA, 256) == "xla"
+        assert resolve_backend(PREFIX_LLAMA, 256) == "tiled"
     for backend in ("splash", "ring", "cudnn"):
         with pytest.raises(UserError, match=r"model\.prefix_attention = False"):
             resolve_backend(replace(PREFIX_LLAMA, attention=backend), 256)
