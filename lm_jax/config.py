@@ -274,7 +274,8 @@ class TrainingConfig:
     # the first costs another forward pass, since the load is that of the whole batch.
     balance_loss: float = 0.0
     router_z_loss: float = 0.0
-    # Positions of a row whose logits exist at a time; None: as many as fit in 512 MiB.
+    # Positions of a device whose logits exist at a time; None: as many as fit in 512 MiB, on CPUs
+    # in 16.
     loss_chunk: int | None = resumable(None)
     evaluate_every: int = resumable(250)  # steps; 0: never
     evaluate_batches: int | None = resumable(None)  # None: the whole validation split

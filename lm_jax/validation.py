@@ -162,15 +162,9 @@ def _checks(config: Config) -> Iterator[Check]:
         f"{training.accumulation} does not divide data.batch_size = {data.batch_size}",
     )
     yield (
-        training.loss_chunk is None
-        or (training.loss_chunk > 0 and data.predictions % training.loss_chunk == 0),
+        training.loss_chunk is None or training.loss_chunk > 0,
         "training.loss_chunk",
-        f"{training.loss_chunk} does not divide "
-        + (
-            f"the {data.predictions} predictions of a row"
-            if masked
-            else f"data.length = {data.length}"
-        ),
+        f"must be at least 1, not {training.loss_chunk}",
     )
     above_0 = "optimizer.learning_rate optimizer.muon_learning_rate optimizer.epsilon"
     above_0 += " optimizer.decay_steps checkpoint.keep_every task.max_tokens task.examples"

@@ -15,7 +15,7 @@ from lm_jax.data.tokenizer_base import BytesTokenizer
 from lm_jax.errors import UserError
 from lm_jax.model import flops, lora
 from lm_jax.model import parameters as params_lib
-from lm_jax.sharding.mesh import batch_sharding, batch_shards, make_mesh
+from lm_jax.sharding.mesh import batch_sharding, make_mesh
 from lm_jax.training.checkpoint import abstract_parameters
 from lm_jax.training.masking import make_masking
 from lm_jax.training.step import make_step, skeleton_of
@@ -123,7 +123,7 @@ def test_a_step_of_it_traces_on_its_mesh(recipe, variant):
     abstract_parameters(skeleton_of(config.model), mesh)  # raises unless the mesh divides them
     with jax.set_mesh(mesh):
         masking = make_masking(config.data, BytesTokenizer(mask=True), config.model.vocab_size)
-        step = make_step(config, batch_shards(mesh), masking)
+        step = make_step(config, masking)
         state = jax.eval_shape(step.init)
         shape = config.data.batch_size, config.data.length
         batch = {

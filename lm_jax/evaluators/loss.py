@@ -61,7 +61,7 @@ def evaluate_model(
     config.training.loss_chunk = None
     config.optimizer.freeze = ()  # of adapters, it may be, that are merged now
     masking = make_masking(config.data, tokenizer, config.model.vocab_size)
-    evaluate = jax.jit(make_step(config, shards, masking).evaluate)
+    evaluate = jax.jit(make_step(config, masking).evaluate)
     sources = config.data.validation_sources or config.data.sources
     with jax.set_mesh(mesh), progress("batches") as count:
         lengths = to_devices(byte_lengths(tokenizer, config.model.vocab_size), mesh)

@@ -55,6 +55,19 @@ class Head:
         zeros = weight_DV - jax.lax.stop_gradient(weight_DV)
         return cls(used, gather(zeros, spec, rows), bias_V, softcap)
 
+    @property
+    def learned(self) -> dict[str, jax.Array | None]:
+        """What has a gradient."""
+        return {"zeros_DV": self.zeros_DV, "bias_V": self.bias_V}
+
+    def with_learned(self, learned: dict[str, jax.Array | None]) -> "Head":
+        return dataclasses.replace(self, **learned)
+
+    @property
+    def vocab(self) -> int:
+        """Ids whose logits one device has."""
+        return self.weight_DV.shape[1] // shards("vocab")
+
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]."""
         (B, T, D), V = x_BTD.shape, self.weight_DV.shape[1]
@@ -76,12 +89,26 @@ class Head:
         return logits_BTV
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClassHead:
     """Scores of a few classes, or of a token as an answer's first and last; never split."""
 
     weight: nnx.Param  # [D, V]
     bias: nnx.Param | None  # [V]
+
+    @property
+    def learned(self) -> dict[str, nnx.Param | None]:
+        """What has a gradient."""
+        return {"weight": self.weight, "bias": self.bias}
+
+    def with_learned(self, learned: dict[str, nnx.Param | None]) -> "ClassHead":
+        return ClassHead(**learned)
+
+    @property
+    def vocab(self) -> int:
+        """Classes."""
+        return self.weight.get_value().shape[1]
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]."""

@@ -14,7 +14,6 @@ from lm_jax.config import Config
 from lm_jax.planning.environment import quiet
 from lm_jax.planning.hlo import arrays_of
 from lm_jax.planning.work import Work, traced_work
-from lm_jax.sharding.mesh import batch_shards
 from lm_jax.training.checkpoint import abstract_parameters
 from lm_jax.training.masking import Masking
 from lm_jax.training.optimizer import check_rules
@@ -74,7 +73,7 @@ def compile_step(config: Config, mesh: Mesh, masking: Masking | None = None) -> 
     begun = time.monotonic()
     check_batch(config, mesh)
     check_rules(list(abstract_parameters(skeleton_of(config.model), mesh)))
-    step = make_step(config, batch_shards(mesh), masking)
+    step = make_step(config, masking)
     state, batch = abstract_state(step, mesh), abstract_batch(config.data, mesh)
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         traced = jit_train_step(step, mesh).trace(state, batch)

@@ -29,7 +29,7 @@ from lm_jax.model import parameters as params_lib
 from lm_jax.model.attention import resolve_backend
 from lm_jax.model.flops import idle_parameters, peak_flops, training_flops_per_token
 from lm_jax.model.lora import base_config
-from lm_jax.sharding.mesh import batch_block, batch_shards, make_mesh, to_devices
+from lm_jax.sharding.mesh import batch_block, make_mesh, to_devices
 from lm_jax.training import together, trainable, weights
 from lm_jax.training import workdir as workdir_lib
 from lm_jax.training.answering import Answering
@@ -111,7 +111,7 @@ class _Run:
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.tokenizer, self.stream, self.checkpoints = tokenizer, stream, checkpoints
         masking = make_masking(config.data, tokenizer, config.model.vocab_size)
-        self.step: Step = make_step(config, batch_shards(mesh), masking)
+        self.step: Step = make_step(config, masking)
         self.train_step = jit_train_step(self.step, mesh)
         self.evaluate_step = jax.jit(self.step.evaluate)
         self.parts = batch_block(mesh)[1]

@@ -55,11 +55,8 @@ def check_batch(config: Config, mesh: Mesh) -> None:
                 f"{key} = {n} rows do not divide over the {shards} devices of mesh.data x"
                 " mesh.fsdp x mesh.expert: change the batch or the mesh"
             )
-    for key, n in (
-        ("data.length", config.data.length),
-        ("training.loss_chunk", config.training.loss_chunk or 0),
-    ):
-        if n % parts:
-            raise UserError(
-                f"{key} = {n} tokens do not divide over mesh.sequence = {parts}: change one of them"
-            )
+    if config.data.length % parts:
+        raise UserError(
+            f"data.length = {config.data.length} tokens do not divide over mesh.sequence ="
+            f" {parts}: change one of them"
+        )

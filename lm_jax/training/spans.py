@@ -10,13 +10,16 @@ from lm_jax.data.spans import CONTEXT, FIRST, LAST
 from lm_jax.training.sums import LossSums
 
 
-def span_sums(scores_BT2: jax.Array, targets_BT: jax.Array, segments_BT: jax.Array) -> LossSums:
+def span_sums(
+    scores_BT2: jax.Array, targets_BT: jax.Array, segments_BT: jax.Array, z_loss: float = 0.0
+) -> LossSums:
     """Sums over windows of the mean of two cross-entropies, each over all tokens of a window, as
     BERT has it (Devlin et al. 2018); right are the windows with both places right.
 
     Args:
       targets_BT: int32, see `lm_jax.data.spans`.
       segments_BT: int32, 0 for padding.
+      z_loss: weight of log(Z)^2.
     """
     real_BT = segments_BT > 0
     same_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & real_BT[:, None, :]
@@ -38,11 +41,11 @@ def span_sums(scores_BT2: jax.Array, targets_BT: jax.Array, segments_BT: jax.Arr
     both_BT = jnp.sum(jnp.where(same_BTS, right_BT[:, None, :], 0), axis=-1) == 2
     first_BT = (targets_BT & FIRST > 0) & real_BT
     return LossSums(
+        loss=nll + z_loss * z,
         nll=nll,
         z=z,
         weight=jnp.sum(first_BT.astype(jnp.float32)),
         right=jnp.sum((first_BT & both_BT).astype(jnp.float32)),
-        uniform=jnp.zeros((), jnp.float32),  # of a window, whose tokens are no candidates alike
     )
 
 

@@ -19,8 +19,8 @@ from lm_jax.model.head import HEADS_WITHOUT_WORDS
 from lm_jax.model.moe import RouterSums
 from lm_jax.model.parameters import Parameters
 from lm_jax.model.transformer import Transformer, skeleton_of
-from lm_jax.sharding.mesh import activation_spec, dividing, reshard, shards
-from lm_jax.training.loss import batch_loss, chunk_length, router_load
+from lm_jax.sharding.mesh import activation_spec, reshard
+from lm_jax.training.loss import batch_loss, router_load
 from lm_jax.training.masking import Masking
 from lm_jax.training.optimizer import make_optimizer, make_schedule
 from lm_jax.training.sums import LossSums
@@ -53,6 +53,7 @@ class Step:
     balance_loss: float
     router_z_loss: float
     chunk: int | None
+    sparse: bool  # many positions of a row have no target
     masking: Masking | None = None  # None: the next token is predicted
 
     def init(self) -> TrainState:
@@ -86,11 +87,16 @@ class Step:
             return params_lib.bind(self.skeleton, state.frozen | parameters)
 
         def loss(parameters, micro_batch, key, load):
-            sums = batch_loss(bound(parameters), micro_batch, chunk=self.chunk, dropout_key=key)
-            nll = sums.nll
-            if self.label_smoothing:
-                nll += self.label_smoothing * (sums.uniform - sums.nll)
-            total = (nll + self.z_loss * sums.z) / tokens
+            sums = batch_loss(
+                bound(parameters),
+                micro_batch,
+                chunk=self.chunk,
+                sparse=self.sparse,
+                z_loss=self.z_loss,
+                label_smoothing=self.label_smoothing,
+                dropout_key=key,
+            )
+            total = sums.loss / tokens
             if (router := sums.router) is not None:
                 load = router.load_E if load is None else load
                 total += self.balance_loss * router.balance_loss(load, routed)
@@ -177,7 +183,7 @@ class Step:
             batch = self.masking(batch, jax.random.fold_in(jax.random.key(0), index))
         if self.masking is not None or model.config.head in HEADS_WITHOUT_WORDS:
             byte_lengths = jnp.zeros_like(byte_lengths)
-        sums = batch_loss(model, batch, chunk=self.chunk)
+        sums = batch_loss(model, batch, chunk=self.chunk, sparse=self.sparse)
         counted = byte_lengths.at[batch["targets"]].get(out_sharding=activation_spec("batch", None))
         return {
             "nll": sums.nll,
@@ -196,23 +202,15 @@ def _summed(function: Callable, zeros: Any, inputs: Any) -> Any:
     return jax.lax.scan(add, zeros, inputs)[0]
 
 
-def make_step(config: Config, batch_shards: int = 1, masking: Masking | None = None) -> Step:
+def make_step(config: Config, masking: Masking | None = None) -> Step:
     """The step of a validated config whose `model.vocab_size` is set.
 
     Args:
-      batch_shards: devices that the rows of a batch are spread over.
       masking: with objective 'masked', what `make_masking` gives.
     """
     if (masking is None) != (config.data.objective != "masked"):
         raise ValueError(f"objective {config.data.objective!r} with masking = {masking}")
-    training, rows = config.training, config.data.batch_size // config.training.accumulation
-    predictions = config.data.predictions
-    chunk = training.loss_chunk or chunk_length(
-        predictions,
-        max(1, rows // batch_shards),
-        config.model.labels or config.model.vocab_size // shards("vocab"),
-        shards(dividing("length", predictions)),
-    )
+    training = config.training
     skeleton = skeleton_of(config.model)
     learning = rates({k: x.shape for k, x in params_lib.split(skeleton).items()}, config)
     return Step(
@@ -226,6 +224,7 @@ def make_step(config: Config, batch_shards: int = 1, masking: Masking | None = N
         z_loss=training.z_loss,
         balance_loss=training.balance_loss,
         router_z_loss=training.router_z_loss,
-        chunk=chunk,
+        chunk=training.loss_chunk,
+        sparse=config.data.objective in ("complete", "chat"),
         masking=masking,
     )

@@ -11,11 +11,11 @@ from lm_jax.model.moe import RouterSums
 class LossSums(NamedTuple):
     """Sums over the positions that count; float32 scalars, but for the routers'."""
 
+    loss: jax.Array  # what is to become less, and has a gradient; without the routers' part
     nll: jax.Array  # negative log-likelihood, in nats
     z: jax.Array  # log(Z)^2
     weight: jax.Array  # positions
     right: jax.Array  # positions whose target is the most probable id
-    uniform: jax.Array  # the mean of -log p over the vocabulary, in nats
     router: RouterSums | None = None  # over all real tokens; None without experts
 
     @classmethod

@@ -28,7 +28,7 @@ from lm_jax.planning.report import make_report, to_json, to_text
 from lm_jax.planning.suggest import suggest
 from lm_jax.planning.topology import Topology
 from lm_jax.planning.work import Work, traced_work
-from lm_jax.sharding.mesh import AXES, batch_shards
+from lm_jax.sharding.mesh import AXES
 from lm_jax.training.program import abstract_batch, abstract_state, jit_train_step
 from lm_jax.training.step import make_step
 
@@ -82,7 +82,7 @@ def test_memory_is_that_of_a_device(sharded):
 
 def traced(config, mesh, masking=None):
     """The work of a step that is not compiled."""
-    step = make_step(config, batch_shards(mesh), masking)
+    step = make_step(config, masking)
     state, batch = abstract_state(step, mesh), abstract_batch(config.data, mesh)
     with jax.set_mesh(mesh):
         return traced_work(jit_train_step(step, mesh).trace(state, batch)).total

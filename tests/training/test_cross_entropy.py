@@ -1,5 +1,7 @@
 """The loss: in chunks as at once, against float64 numpy, over a sharded vocabulary."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from tiny_models import T, V, on_devices, quick_jit
 
 from lm_jax.model.head import Head
-from lm_jax.training.loss import LOGITS_A_DEVICE, chunk_length, cross_entropy
+from lm_jax.sharding.mesh import activation_spec, parameter_spec
+from lm_jax.training.cross_entropy import _LOGITS_OF_A_CPU, chunk_of, cross_entropy
 
 B, D = 4, 16
 
@@ -30,7 +33,7 @@ def inputs():
 
 
 def reference(x, head, targets, weights) -> tuple[float, ...]:
-    """(nll, z, weight, right, uniform) in float64, a position at a time."""
+    """(loss, nll, z, weight, right) in float64, a position at a time."""
     nll = z = right = uniform = 0.0
     for b, t in np.ndindex(targets.shape):
         logits = x[b, t].astype(np.float64) @ head.astype(np.float64)
@@ -39,53 +42,69 @@ def reference(x, head, targets, weights) -> tuple[float, ...]:
         z += weights[b, t] * log_z**2
         right += weights[b, t] * (logits.argmax() == targets[b, t])
         uniform += weights[b, t] * np.mean(log_z - logits)
-    return nll, z, float(weights.sum()), right, uniform
+    loss = nll + 0.2 * (uniform - nll) + 0.3 * z
+    return loss, nll, z, float(weights.sum()), right
 
 
-@quick_jit
-def _value_and_gradient(x, head, targets, weights, chunks):
+@functools.partial(quick_jit, static_argnums=(4, 5))
+def _value_and_gradient(x, head, targets, weights, chunk, sparse):
     def total(x, head):
-        sums = cross_entropy(x, head_of(head, x.dtype), targets, weights, chunk=T // len(chunks))
-        return sums.nll + 0.3 * sums.z + 0.2 * sums.uniform, sums
+        sums = cross_entropy(
+            x,
+            head_of(head, x.dtype),
+            targets,
+            weights,
+            chunk=chunk,
+            sparse=sparse,
+            z_loss=0.3,
+            label_smoothing=0.2,
+        )
+        return 2 * sums.loss, sums
 
     (_, sums), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(x, head)
     return sums[:5], gradients
 
 
-def value_and_gradient(x, head, targets, weights, chunk: int = T):
-    return _value_and_gradient(x, head, targets, weights, np.zeros(T // chunk))
+def value_and_gradient(x, head, targets, weights, chunk: int = B * T, sparse: bool = False):
+    return _value_and_gradient(x, head, targets, weights, chunk, sparse)
 
 
-@pytest.mark.parametrize("chunk", [T, 4, 1])
-def test_sums_agree_with_float64_numpy(inputs, chunk):
-    sums, _ = value_and_gradient(*inputs, chunk)
+# All at once, in parts, in parts that do not divide, one by one; as they come, and gathered.
+CHUNKS = [(B * T, False), (8, False), (7, False), (1, False), (8, True), (7, True)]
+
+
+@pytest.mark.parametrize("chunk, sparse", CHUNKS)
+def test_sums_agree_with_float64_numpy(inputs, chunk, sparse):
+    sums, _ = value_and_gradient(*inputs, chunk, sparse)
     np.testing.assert_allclose(sums, reference(*inputs), rtol=1e-6)
     assert {x.dtype for x in sums} == {np.dtype("float32")}
 
 
-@pytest.mark.parametrize("chunk", [4, 1])
-def test_chunks_change_no_gradient(inputs, chunk):
+@pytest.mark.parametrize("chunk, sparse", CHUNKS[1:])
+def test_chunks_change_no_gradient(inputs, chunk, sparse):
     _, whole = value_and_gradient(*inputs)
-    _, parts = value_and_gradient(*inputs, chunk)
+    _, parts = value_and_gradient(*inputs, chunk, sparse)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), whole, parts)
 
 
 def test_the_gradient_is_softmax_minus_target(inputs):
     x, head, targets, weights = inputs
-    got = quick_jit(jax.grad(lambda x: cross_entropy(x, head_of(head), targets, weights).nll))(x)
+    got = quick_jit(jax.grad(lambda x: cross_entropy(x, head_of(head), targets, weights).loss))(x)
     logits = x.astype(np.float64) @ head
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p = p / p.sum(-1, keepdims=True) - np.eye(V)[targets]
     np.testing.assert_allclose(got, (weights[:, :, None] * p) @ head.T, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [T, 4])
-def test_a_weight_of_zero_leaves_a_position_out_exactly(inputs, chunk):
+@pytest.mark.parametrize("chunk, sparse", CHUNKS)
+def test_a_weight_of_zero_leaves_a_position_out_exactly(inputs, chunk, sparse):
     x, head, targets, weights = inputs
     garbage = np.where(weights == 0, (targets + 7) % V, targets)
     left_out = np.where(weights[:, :, None] == 0, 100 * x, x)
-    sums, (dx, dhead) = value_and_gradient(*inputs, chunk)
-    other, (other_dx, other_dhead) = value_and_gradient(left_out, head, garbage, weights, chunk)
+    sums, (dx, dhead) = value_and_gradient(*inputs, chunk, sparse)
+    other, (other_dx, other_dhead) = value_and_gradient(
+        left_out, head, garbage, weights, chunk, sparse
+    )
     np.testing.assert_array_equal(sums, other)
     np.testing.assert_array_equal(dhead, other_dhead)
     for gradient in (dx, other_dx):
@@ -94,8 +113,9 @@ def test_a_weight_of_zero_leaves_a_position_out_exactly(inputs, chunk):
 
 def test_nothing_to_count_gives_zeros_and_no_nan(inputs):
     x, head, targets, weights = inputs
-    sums, gradients = value_and_gradient(x, head, targets, 0 * weights, 4)
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves((sums, gradients)))
+    for sparse in (False, True):
+        sums, gradients = value_and_gradient(x, head, targets, 0 * weights, 4, sparse)
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves((sums, gradients)))
 
 
 def test_logits_far_from_zero_do_not_overflow(inputs):
@@ -104,16 +124,18 @@ def test_logits_far_from_zero_do_not_overflow(inputs):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((sums, gradients)))
 
 
-@pytest.mark.parametrize("chunk", [T, 4])
-def test_a_sharded_vocabulary_changes_nothing(inputs, chunk):
-    sums, gradients = value_and_gradient(*inputs, chunk)
+@pytest.mark.parametrize("axes", [(2, 1, 4, 1), (2, 2, 1, 2), (1, 2, 2, 2)])
+@pytest.mark.parametrize("chunk, sparse", [(B * T, False), (4, False), (3, False), (3, True)])
+def test_a_mesh_changes_nothing(inputs, axes, chunk, sparse):
+    sums, gradients = value_and_gradient(*inputs)
     x, head, targets, weights = inputs
-    with jax.set_mesh(on_devices((2, 1, 4))):
-        rows = jax.P(("data", "fsdp"))
+    with jax.set_mesh(on_devices(axes)):
+        rows = activation_spec("batch", "length")
         sharded = [jax.device_put(a, rows) for a in (x, targets, weights)]
-        head = jax.device_put(head, jax.P(None, "tensor"))
-        got, got_gradients = value_and_gradient(sharded[0], head, *sharded[1:], chunk)
-        assert got_gradients[1].sharding.spec == jax.P(None, "tensor")
+        spec = parameter_spec("embed", "vocab")
+        head = jax.device_put(head, spec)
+        got, got_gradients = value_and_gradient(sharded[0], head, *sharded[1:], chunk, sparse)
+        assert got_gradients[1].sharding.spec == spec
     np.testing.assert_allclose(got, sums, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), gradients, got_gradients)
 
@@ -127,21 +149,25 @@ def test_float32_scores_of_bfloat16_states(inputs):
     np.testing.assert_allclose(got, reference(*rounded, targets, weights), rtol=1e-5)
 
 
-def test_chunks_are_the_longest_that_fit():
-    for length, rows, vocab in (
-        (1024, 8, 50_304),
-        (1024, 1, 64),
-        (96, 3, 2**20),
-        (1000, 64, 2**25),
-    ):
-        chunk = chunk_length(length, rows, vocab)
-        assert length % chunk == 0
-        assert rows * chunk * vocab <= LOGITS_A_DEVICE or chunk == 1
-        longer = [c for c in range(chunk + 1, length + 1) if length % c == 0]
-        assert all(rows * c * vocab > LOGITS_A_DEVICE for c in longer)
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("vocab", [2, 64, 50_304, 2**20, 2**25])
+@pytest.mark.parametrize("positions", [1, 97, 1000, 8192])
+def test_chunks_fit_and_are_not_many(positions, vocab, sparse):
+    chunk = chunk_of(positions, vocab, sparse=sparse)
+    assert 1 <= chunk <= positions
+    assert chunk * vocab <= _LOGITS_OF_A_CPU or chunk == 1
+    count, least = -(-positions // chunk), -(-positions * vocab // _LOGITS_OF_A_CPU)
+    assert count >= min(positions, 8 if sparse else 1)
+    assert count <= min(positions, 2 * max(least, 8 if sparse else 1))
 
 
-def test_chunks_that_do_not_divide_are_refused(inputs):
-    with pytest.raises(ValueError, match="chunks of 5 do not divide 16"):
-        x, head, targets, weights = inputs
-        cross_entropy(x, head_of(head), targets, weights, chunk=5)
+def test_logits_of_all_positions_are_never_there(inputs):
+    for chunk, there in ((B * T, True), (8, False)):
+        text = _value_and_gradient.lower(*inputs, chunk, True).compile().as_text()
+        assert (f"[{B},{T},{V}]" in text or f"[{B * T},{V}]" in text) == there
+
+
+def test_of_other_sums_there_is_no_gradient(inputs):
+    x, head, targets, weights = inputs
+    gradient = jax.grad(lambda x: cross_entropy(x, head_of(head), targets, weights).nll)(x)
+    assert (gradient == 0).all()

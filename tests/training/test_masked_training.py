@@ -26,7 +26,7 @@ def masked_config(rows=8, **training) -> Config:
 def step_of(config: Config):
     special_V = np.isin(np.arange(V), SPECIALS)
     data = config.data
-    return make_step(config, 1, Masking(data.mask_rate, data.predictions, MASK_ID, special_V, None))
+    return make_step(config, Masking(data.mask_rate, data.predictions, MASK_ID, special_V, None))
 
 
 def batch_of(rows=8, seed=0):
@@ -147,4 +147,4 @@ def test_masks_and_objective_go_together():
     with pytest.raises(ValueError, match="masking"):
         make_step(masked_config())
     with pytest.raises(ValueError, match="masking"):
-        make_step(run_config(), 1, step_of(masked_config()).masking)
+        make_step(run_config(), step_of(masked_config()).masking)
