@@ -112,8 +112,7 @@ WRONG = [
     ("data.workers", {"data__workers": 3}),
     ("data.packing_bins", {"data__packing_bins": 0}),
     ("training.accumulation", {"training__accumulation": 3}),
-    ("training.loss_chunk", {"training__loss_chunk": 1000}),
-    ("training.loss_chunk", MASKED | {"training__loss_chunk": 1024}),  # of 160 predictions
+    ("training.loss_chunk", {"training__loss_chunk": 0}),
     ("training.seed", {"training__seed": -1}),
     ("training.steps", {"training__steps": -1}),
     ("training.evaluate_batches", {"training__evaluate_batches": 0}),

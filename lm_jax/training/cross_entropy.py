@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from lm_jax.model.head import ClassHead, Head
@@ -62,8 +63,8 @@ def cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> LossSums:
-    """Weighted sums of the loss, and of what there is to say of it. Of the loss alone there is a
-    gradient: by `x_BTD`, and by what of the head is learned.
+    """Weighted sums of the loss, and of what there is to say of it. The loss alone has a gradient,
+    by `x_BTD` and by what of the head is learned; to ask for one of another sum is an error.
 
     Args:
       x_BTD: what the head takes, see `Transformer.head_input`.
@@ -96,8 +97,7 @@ def cross_entropy(
     if sparse:
         order_UWP = jnp.argsort(inputs[2] == 0, axis=2, stable=True)
         inputs = tuple(_taken(x, order_UWP) for x in inputs)
-    loss, sums = _total(how, chunk, inputs[0], head.learned, head, *inputs[1:])
-    return jax.tree.map(jax.lax.stop_gradient, sums)._replace(loss=loss)
+    return _total(how, chunk, inputs[0], head.learned, head, *inputs[1:])
 
 
 def _taken(x: jax.Array, order_UWP: jax.Array) -> jax.Array:
@@ -106,19 +106,17 @@ def _taken(x: jax.Array, order_UWP: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _total(how: _How, chunk: int, x_UWPD, learned, head, targets_UWP, weights_UWP):
-    """The loss, and all sums."""
-
+def _total(how: _How, chunk: int, x_UWPD, learned, head, targets_UWP, weights_UWP) -> LossSums:
     def add(sums: LossSums, part) -> tuple[LossSums, None]:
         more = _sums(how, part[0], head.with_learned(learned), *part[1:])
         return jax.tree.map(jnp.add, sums, more), None
 
     chunks = _chunks(chunk, x_UWPD, targets_UWP, weights_UWP)
-    sums, _ = _loop(how, add, LossSums.zero(), chunks, lambda: None)
-    return sums.loss, sums
+    return _loop(how, add, LossSums.zero(), chunks, lambda: None)[0]
 
 
-def _total_forward(how: _How, chunk: int, x_UWPD, learned, head, targets_UWP, weights_UWP):
+def _total_forward(how: _How, chunk: int, *primals):
+    x_UWPD, learned, head, targets_UWP, weights_UWP = jax.tree.map(lambda p: p.value, primals)
     chunks = _chunks(chunk, x_UWPD, targets_UWP, weights_UWP)
     shape = jax.typeof(chunks[0]).shape[1:]
 
@@ -136,11 +134,15 @@ def _total_forward(how: _How, chunk: int, x_UWPD, learned, head, targets_UWP, we
     zeros = LossSums.zero(), jax.tree.map(_no_gradient, learned)
     (sums, d_learned), d_x_IUXD = _loop(how, add, zeros, chunks, nothing)
     d_x_UWPD = _whole(d_x_IUXD, x_UWPD.shape)
-    return (sums.loss, sums), (d_x_UWPD, d_learned)
+    return sums, (d_x_UWPD, d_learned)
 
 
-def _total_backward(how: _How, chunk: int, saved, d_out):
-    d_loss = d_out[0]
+def _total_backward(how: _How, chunk: int, saved, d_sums: LossSums):
+    for name, d_sum in d_sums._asdict().items():
+        # The weight depends on nothing that has one.
+        if name not in ("loss", "weight") and not isinstance(d_sum, SymbolicZero | None):
+            raise ValueError(f"of a batch's sums 'loss' has a gradient, and '{name}' has none")
+    d_loss = jnp.asarray(0.0) if isinstance(d_sums.loss, SymbolicZero) else d_sums.loss
 
     def scaled(gradient: jax.Array) -> jax.Array:
         factor, summed = d_loss, jax.typeof(gradient).sharding.spec.unreduced
@@ -152,7 +154,7 @@ def _total_backward(how: _How, chunk: int, saved, d_out):
     return d_x_UWPD, d_learned, None, None, None
 
 
-_total.defvjp(_total_forward, _total_backward)
+_total.defvjp(_total_forward, _total_backward, symbolic_zeros=True)
 
 
 def _no_gradient(x: jax.Array) -> jax.Array:

@@ -244,7 +244,7 @@ def loss_and_gradient(config):
     skeleton = skeleton_of(config)
 
     def loss(p):
-        return batch_loss(parameters.bind(skeleton, p), batch, dropout_key=quick_key(1)).nll
+        return batch_loss(parameters.bind(skeleton, p), batch, dropout_key=quick_key(1)).loss
 
     return quick_jit(jax.value_and_grad(loss))(parameters.split(model))
 
@@ -267,7 +267,7 @@ def test_scan_and_remat_change_neither_loss_nor_gradient(remat, scan):
 def test_each_remat_policy_computes_more_again_than_the_one_before():
     def products(remat: str) -> int:
         skeleton, batch = skeleton_of(replace(LLAMA, remat=remat)), packed_batch(2)
-        loss = lambda p: batch_loss(parameters.bind(skeleton, p), batch).nll  # noqa: E731
+        loss = lambda p: batch_loss(parameters.bind(skeleton, p), batch).loss  # noqa: E731
         traced = jax.make_jaxpr(jax.grad(loss))(parameters.split(skeleton))
         return sum(e.primitive.name == "dot_general" for e in equations(traced.jaxpr))
 
@@ -278,7 +278,7 @@ def test_each_remat_policy_computes_more_again_than_the_one_before():
 def test_offloaded_inputs_of_blocks_lie_in_the_hosts_memory():
     def spaces(remat: str) -> set[str]:
         skeleton, batch = skeleton_of(replace(LLAMA, remat=remat)), packed_batch(2)
-        loss = lambda p: batch_loss(parameters.bind(skeleton, p), batch).nll  # noqa: E731
+        loss = lambda p: batch_loss(parameters.bind(skeleton, p), batch).loss  # noqa: E731
         traced = jax.make_jaxpr(jax.grad(loss))(parameters.split(skeleton))
         arrays = (v.aval for e in equations(traced.jaxpr) for v in e.outvars)
         return {str(a.memory_space) for a in arrays if a.ndim == 4 and a.shape[-1] == LLAMA.width}

@@ -120,7 +120,7 @@ def test_loss_and_gradients_are_those_of_the_reference(axes):
     with placed(build(config), axes) as model:
 
         def loss(parameters, b):
-            return batch_loss(params_lib.bind(model, parameters), b).nll
+            return batch_loss(params_lib.bind(model, parameters), b).loss
 
         run = quick_jit(jax.value_and_grad(loss))
         got, gradients = run(params_lib.split(model), b if axes is None else shard(b))

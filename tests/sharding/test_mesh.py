@@ -62,15 +62,13 @@ def test_a_mesh_that_does_not_fit_names_its_numbers(asked):
     "changes, why",
     [
         ({"length": 15}, r"data\.length = 15 .* mesh\.sequence = 2"),
-        ({"loss_chunk": 3}, r"training\.loss_chunk = 3 .* mesh\.sequence = 2"),
         ({"batch_size": 9}, "9 rows .* 4 devices"),
     ],
 )
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(changes, why):
     config = run_config(GPT2)
     for key, value in changes.items():
-        section = config.training if key == "loss_chunk" else config.data
-        setattr(section, key, value)
+        setattr(config.data, key, value)
     with pytest.raises(UserError, match=why):
         check_batch(config, on_devices((2, 1, 1, 2, 2)))
 
@@ -167,7 +165,7 @@ def test_parameters_gradients_and_moments_lie_as_the_rules_say():
     skeleton = skeleton_of(MODEL)
 
     def gradients(parameters, batch):
-        loss = lambda p: batch_loss(params_lib.bind(skeleton, p), batch).nll  # noqa: E731
+        loss = lambda p: batch_loss(params_lib.bind(skeleton, p), batch).loss  # noqa: E731
         return jax.grad(loss)(parameters)
 
     with jax.set_mesh(on_devices((2, 2, 2))):

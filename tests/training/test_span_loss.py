@@ -75,7 +75,7 @@ def gradients(model, b):
 
     def loss(parameters):
         sums = batch_loss(params_lib.bind(model, parameters), b)
-        return sums.nll / sums.weight, sums
+        return sums.loss / sums.weight, sums
 
     return quick_jit(jax.grad(loss, has_aux=True))(parameters)
 
