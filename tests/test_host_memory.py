@@ -39,8 +39,8 @@ def faults(*args: str, **env: str) -> int:
 
 
 def test_steps_reuse_memory():
-    # 64 MB are 16,384 pages a step; fewer where the kernel makes larger ones by itself. Now and then
-    # a block finds its place taken, and gets another.
+    # 64 MB are 16,384 pages a step; fewer where the kernel makes larger ones by itself. Now and
+    # then a block finds its place taken, and gets another.
     assert faults("configured") < max(faults(), 100_000) / 5
 
 
