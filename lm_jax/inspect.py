@@ -15,7 +15,19 @@ _DTYPE = cli.define_dtype_flag()
 _PROMPT = flags.DEFINE_string(
     "prompt", None, "What the model reads. For a masked model, [MASK] in it hides a token."
 )
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "A longer prompt is refused.", 1)
+_CONTINUATION = flags.DEFINE_string(
+    "continuation", "", "What follows the prompt, encoded by itself: an answer to look at, say."
+)
+_CHAT = flags.DEFINE_bool(
+    "chat", False, "The prompt is what a user says, in the model's chat template."
+)
+_SPECIAL_TOKENS = flags.DEFINE_bool(
+    "special_tokens",
+    False,
+    "Special tokens are read out of the text where their names stand, as --chat does; then nothing"
+    " is added around it.",
+)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "A longer text is refused.", 1)
 _TOP_K = flags.DEFINE_integer("top_k", 10, "Candidates to show for each token.", 1)
 _OUTPUT = flags.DEFINE_string("output", None, "A new file, .html.")
 
@@ -36,8 +48,9 @@ def main(argv: list[str]) -> None:
     import jax
 
     from lm_jax.config import MeshConfig
-    from lm_jax.inspection.look import encode, look
+    from lm_jax.inspection.look import look
     from lm_jax.inspection.page import render
+    from lm_jax.inspection.prompt import check, encode
     from lm_jax.model.parameters import split
     from lm_jax.sharding.mesh import make_mesh
     from lm_jax.training.weights import load_for_inference
@@ -45,19 +58,27 @@ def main(argv: list[str]) -> None:
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     loaded = load_for_inference(path, mesh, _STEP.value, _DTYPE.value)
     config, tokenizer, step = loaded.model.config, loaded.tokenizer, loaded.source.step
-    ids_T = encode(config, tokenizer, _PROMPT.value, _MAX_TOKENS.value)
+    ids_T, size = encode(
+        config,
+        tokenizer,
+        _PROMPT.value,
+        continuation=_CONTINUATION.value,
+        special_tokens=_SPECIAL_TOKENS.value,
+        chat=loaded.config.data.objective if _CHAT.value else None,
+    )
+    check(config, tokenizer, ids_T, _MAX_TOKENS.value)
     with jax.set_mesh(mesh):
-        seen = look(loaded.model, tokenizer, ids_T, top_k=_TOP_K.value)
+        seen = look(loaded.model, tokenizer, ids_T, prompt=size, top_k=_TOP_K.value)
     facts = {
         "model": path,
         "parameters": f"{sum(x.size for x in split(loaded.model).values()):,}",
         "step": "none, a published model" if step is None else f"{step:,}",
         "dtype": config.dtype,
         "shape": f"{config.layers} layers of {config.heads} heads",
-        "prompt": f"{len(ids_T)} tokens",
+        "prompt": f"{size} tokens" + ", read both ways" * (seen.prefix > 1),
     }
-    if config.prefix_attention:
-        facts["read as"] = "a text, causally; prompts to be continued are read both ways"
+    if size < len(ids_T):
+        facts["continuation"] = f"{len(ids_T) - size} tokens"
     with open(output, "x", encoding="utf-8") as f:
         f.write(render(seen, tokenizer, facts))
     print(f"wrote {output}: open it in a browser")

@@ -15,10 +15,15 @@ import sys
 import tomllib
 
 import commands
+import jax
 import numpy as np
 import pytest
 
-from lm_jax.config import Config, walk
+from lm_jax.config import Config, MeshConfig, walk
+from lm_jax.data.chat import chat_template_for
+from lm_jax.generation.filling import encode_with_masks
+from lm_jax.sharding.mesh import make_mesh
+from lm_jax.training.weights import load_for_inference
 
 README = (commands.ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -171,8 +176,6 @@ def test_commands_and_code_run(done, checkout):
     assert "starts from the weights of runs/published" in done
     for path in ("merged/model.safetensors", "adapters/adapter_model.safetensors"):
         assert (checkout / "runs" / path).is_file()
-    for page in ("quickstart.html", "bert.html"):
-        assert "Logit lens" in (checkout / page).read_text(encoding="utf-8")
     assert np.load(checkout / "vectors.npy").shape == (2, 32)
     assert (checkout / "tfds" / "local_text" / "notes").is_dir()
     assert "1 passed" in done
@@ -180,6 +183,63 @@ def test_commands_and_code_run(done, checkout):
     for made in ("tpus tpu-vm create mine", "kind: JobSet", "sbatch --job-name=lm_jax"):
         assert made in done
     assert "--config.optimizer.warmup_steps=" in done  # --help
+
+
+@pytest.fixture(scope="module")
+def looks(done, checkout) -> dict[str, tuple[list[str], np.ndarray, np.ndarray]]:
+    """Of each page that `inspect` made: the tokens as the page is to name them, their ids, and the
+    log-probabilities [T, V] that the model gives at each place."""
+    found = {}
+    for page, run in (("quickstart", "quickstart"), ("bert", "bert"), ("chat", "answer")):
+        mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+        loaded = load_for_inference(str(checkout / "runs" / run), mesh)
+        t = loaded.tokenizer
+        if page == "quickstart":
+            ids = t.encode_prompt("def main(args):")
+        elif page == "bert":
+            ids = encode_with_masks(t, "The [MASK] is open.")
+        else:
+            said = [{"role": "user", "content": "Who sat?"}]
+            ids = chat_template_for(t, "chat").encode(t, said, add_generation_prompt=True)
+            ids = np.concatenate([ids, t.encode(" A cat.")])
+        with jax.set_mesh(mesh):
+            x_BTD, _ = loaded.model(ids[None])
+            log_p_TV = jax.nn.log_softmax(loaded.model.logits(x_BTD)[0])
+        names = [t.specials.get(i) or t.spelling(i).decode("latin-1") for i in map(int, ids)]
+        found[page] = [name.replace("\n", "⏎") for name in names], ids, np.asarray(log_p_TV)
+    return found
+
+
+@pytest.mark.parametrize("page", ["quickstart", "chat"])
+def test_pages_show_what_the_model_computed(looks, checkout, open_page, page):
+    names, ids, log_p_TV = looks[page]
+    shown = open_page((checkout / f"{page}.html").as_uri())
+    assert shown.locator("#tokens button").all_text_contents() == [*names, "next"]
+    if page == "chat":
+        assert "".join(names).endswith("User: Who sat?⏎Assistant: A cat.")
+    loss = -log_p_TV[np.arange(len(ids) - 1), ids[1:]]
+    said = shown.inner_text("#summary")
+    assert said.startswith(f"Mean loss {loss.mean():.3f} nats over {len(loss)} tokens")
+    shown.locator("#tokens button").nth(5).click()
+    assert f"{loss[4]:.3f} nats" in shown.inner_text("#chosen-facts")
+    best = shown.locator("#candidates tbody tr").first.locator(".number").last.inner_text()
+    assert abs(float(best.rstrip("%")) - 100 * np.exp(log_p_TV[4].max())) < 0.1
+    shares = shown.locator("#most tbody tr td.number:nth-child(3)").all_text_contents()
+    assert len(shares) == 6 and abs(sum(float(x.rstrip("%")) for x in shares) - 100) < 2
+    last = shown.locator("#lens tbody tr").first.locator("td").nth(5).get_attribute("title")
+    assert abs(float(last.split()[-1].rstrip("%")) - 100 * np.exp(log_p_TV[5].max())) < 0.1
+
+
+def test_a_page_of_a_masked_model_shows_what_it_fills_in(looks, checkout, open_page):
+    names, ids, log_p_TV = looks["bert"]
+    shown = open_page((checkout / "bert.html").as_uri())
+    assert shown.locator("#tokens button").all_text_contents() == names
+    hidden = names.index("<mask>")
+    assert shown.inner_text("#chosen") == f"Token {hidden + 1} of {len(ids)}: <mask>"
+    chances = shown.locator("#candidates tbody tr td.number:nth-child(3)").all_text_contents()
+    wanted = np.sort(100 * np.exp(log_p_TV[hidden]))[::-1][: len(chances)]
+    assert len(chances) == 10
+    np.testing.assert_allclose([float(x.rstrip("%")) for x in chances], wanted, atol=0.06)
 
 
 def test_extras_that_it_installs_exist(done, checkout):

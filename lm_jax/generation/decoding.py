@@ -19,7 +19,7 @@ import numpy as np
 
 from lm_jax.errors import UserError
 from lm_jax.generation.beam import BeamSearch, search
-from lm_jax.generation.reading import bucket, by_length, padded, read
+from lm_jax.generation.reading import bucket, by_length, check_ids, padded, read
 from lm_jax.generation.sampling import Knobs, Sampling, next_tokens, row_keys
 from lm_jax.generation.text import TextStream
 from lm_jax.model.cache import Cache
@@ -200,6 +200,7 @@ class Generator:
         t, limit = self.tokenizer, self.model.config.max_length
         try:
             ids = t.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+            check_ids(ids, self.model.config, t)
         except UserError as e:
             raise UserError(f"{which}: {e}") from None
         if not len(ids):

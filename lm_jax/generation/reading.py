@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm_jax.config import ModelConfig
+from lm_jax.data.tokenizer_base import Tokenizer
+from lm_jax.errors import UserError
 from lm_jax.model.cache import Cache, init_cache, lengthen
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, reshard
@@ -26,6 +29,22 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for first in range(0, len(order), batch_size):
         yield order[first : first + batch_size]
+
+
+def check_ids(ids: np.ndarray, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """A model would take another token for one that it does not have.
+
+    Raises:
+      UserError: one of the ids is no token of both.
+    """
+    size = min(config.vocab_size, tokenizer.vocab_size)
+    wrong = ids[(ids < 0) | (ids >= size)]
+    if len(wrong):
+        named = tokenizer.specials.get(int(wrong[0]))
+        raise UserError(
+            f"{wrong[0]}{f' ({named})' if named else ''} is no token of this model: ids are from 0"
+            f" to {size - 1}"
+        )
 
 
 def padded(prompts: Sequence[np.ndarray], B: int, limit: int) -> tuple[np.ndarray, np.ndarray]:

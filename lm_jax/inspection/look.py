@@ -10,13 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.config import ModelConfig
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
-from lm_jax.generation.filling import encode_with_masks
 from lm_jax.model.transformer import Transformer
 
-_MOST_WEIGHTS = 40_000_000  # of attention: a page of 53 MB
 _SCORES = ("linear", "masked_lm")  # heads that give scores of tokens
 
 
@@ -25,8 +22,9 @@ class Scores:
     """What a model with a head says of tokens. Candidates are the most probable first.
 
     Of a causal model, place t is that of token t as those before it tell it: place 0 has no
-    candidates, and place T, with which M = T + 1, is what would follow. Of a masked model, place t
-    is token t as it is told when it alone is hidden, M = T; specials have no candidates.
+    candidates, nor has a prefix, whose tokens are seen by those before them; place T, with which
+    M = T + 1, is what would follow. Of a masked model, place t is token t as it is told when it
+    alone is hidden, M = T; specials have no candidates.
     """
 
     vocab_size: int
@@ -46,45 +44,26 @@ class Look:
 
     ids_T: np.ndarray  # int32
     causal: bool
+    prefix: int  # of a causal model, how many of the first tokens see one another; 0: none
     weights_LNTS: np.ndarray  # float32: how much each token attends to each
     scores: Scores | None  # None: the model has no head that scores tokens
 
 
-def encode(config: ModelConfig, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> np.ndarray:
-    """The ids of a prompt with the specials that belong to it: int32 [T].
-
-    A model that is not causal sees a whole text, in which [MASK] hides a token.
-
-    Raises:
-      UserError: it is empty, too long, or would make a page that is too large for a browser.
-    """
-    if config.causal:
-        ids_T = tokenizer.encode_prompt(prompt)
-    else:
-        ids_T = encode_with_masks(tokenizer, prompt)
-    found = f"--prompt: it has {len(ids_T)} tokens, specials included, and"
-    if len(ids_T) > config.max_length:
-        raise UserError(f"{found} the model takes at most {config.max_length}: shorten it")
-    if len(ids_T) > max_tokens:
-        raise UserError(f"{found} --max_tokens={max_tokens} is the limit: shorten it or raise that")
-    if not len(ids_T):
-        raise UserError("--prompt: the tokenizer makes no token of it")
-    weights = config.layers * config.heads * len(ids_T) ** 2 // (1 + config.causal)
-    if weights > _MOST_WEIGHTS:
-        raise UserError(
-            f"{found} {config.layers} layers of {config.heads} heads have {weights / 1e6:.0f}"
-            f" million attention weights for so many; a page holds {_MOST_WEIGHTS / 1e6:.0f}"
-            " million: shorten it"
-        )
-    return ids_T
-
-
-def look(model: Transformer, tokenizer: Tokenizer, ids_T: np.ndarray, *, top_k: int = 10) -> Look:
+def look(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    ids_T: np.ndarray,
+    *,
+    prompt: int | None = None,
+    top_k: int = 10,
+) -> Look:
     """Runs the model on a prompt, on one device or the mesh that is set.
 
     A masked model runs once more for each token, with that one hidden.
 
     Args:
+      prompt: how many of the tokens are the prompt, which a model with `prefix_attention` reads
+        both ways; those behind continue it. None: all of them.
       top_k: candidates a place.
 
     Raises:
@@ -93,7 +72,10 @@ def look(model: Transformer, tokenizer: Tokenizer, ids_T: np.ndarray, *, top_k: 
     """
     config, scores = model.config, None
     T, k = len(ids_T), min(top_k, config.vocab_size)
-    weights_LNTS, rest, of_place = jax.device_get(_captured(model, ids_T, k))
+    prefix = 0
+    if config.prefix_attention:
+        prefix = T if prompt is None else prompt
+    weights_LNTS, rest, of_place = jax.device_get(_captured(model, ids_T, prefix, k))
     if config.head in _SCORES:
         if config.head == "masked_lm":
             if tokenizer.mask_id is None:
@@ -103,7 +85,9 @@ def look(model: Transformer, tokenizer: Tokenizer, ids_T: np.ndarray, *, top_k: 
             of_place = jax.device_get(_when_hidden(model, ids_T, places_M, tokenizer.mask_id, k))
             places, answered_M = T, ~hidden_T[places_M]
         else:
-            places, places_M, answered_M = T + 1, np.arange(1, T + 1), np.arange(1, T + 1) < T
+            places, places_M = T + 1, np.arange(max(prefix, 1), T + 1)
+            answered_M = places_M < T
+            of_place = [x[places_M - 1] for x in of_place]
         loss_M, rank_M, ids_MK, probabilities_MK = of_place
         scores = Scores(
             config.vocab_size,
@@ -116,7 +100,7 @@ def look(model: Transformer, tokenizer: Tokenizer, ids_T: np.ndarray, *, top_k: 
         rest = [*rest, *of_place]
     if not all(np.isfinite(x).all() for x in (weights_LNTS, *rest)):
         raise UserError("the model computes numbers that are not finite: its weights are damaged")
-    return Look(ids_T, config.causal, weights_LNTS, scores)
+    return Look(ids_T, config.causal, prefix, weights_LNTS, scores)
 
 
 def _spread(values: np.ndarray, places: np.ndarray, size: int, missing: float) -> np.ndarray:
@@ -127,10 +111,13 @@ def _spread(values: np.ndarray, places: np.ndarray, size: int, missing: float) -
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def _captured(model: Transformer, ids_T: jax.Array, k: int):
+def _captured(model: Transformer, ids_T: jax.Array, prefix: int, k: int):
     """The weights of attention; of a model with a head, what the lens shows in each place; and, if
     it tells the next token, `_told` of those after each, the last one's answer being none."""
-    x_BTD, streams_LBTD, weights_LBNTS = model.capture(ids_T[None])
+    prefix_BT = None
+    if model.config.prefix_attention:
+        prefix_BT = jnp.arange(len(ids_T))[None] < prefix
+    x_BTD, streams_LBTD, weights_LBNTS = model.capture(ids_T[None], prefix_BT=prefix_BT)
     if model.config.head not in _SCORES:
         return weights_LBNTS[:, 0], (), None
 

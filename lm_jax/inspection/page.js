@@ -1,7 +1,7 @@
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const { ids, layers, heads, causal, scores } = data;
+const { ids, layers, heads, causal, prefix, bothWays, scores } = data;
 const T = ids.length;
 const specials = new Set(data.specials);
 const $ = (id) => document.getElementById(id);
@@ -9,13 +9,13 @@ const HOT = 10; // nats of the full colour
 const state = { token: T - 1, layer: 0, head: -1 }; // head -1: the mean
 
 const bytes = Uint8Array.from(atob(data.weights), (c) => c.charCodeAt(0));
-const perHead = causal ? (T * (T + 1)) / 2 : T * T;
+const perHead = bothWays ? T * T : (T * (T + 1)) / 2;
 
 // How much token t attends to token s: see `pack` in page.py.
 function weight(layer, head, t, s) {
-  if (causal && s > t) return 0;
+  if (!bothWays && s > t) return 0;
   const at = (n) => {
-    const row = causal ? (t * (t + 1)) / 2 : t * T;
+    const row = bothWays ? t * T : (t * (t + 1)) / 2;
     return (bytes[(layer * heads + n) * perHead + row + s] / 255) ** 2;
   };
   if (head >= 0) return at(head);
@@ -93,7 +93,9 @@ function showDetail() {
   const known = t < T && scores && scores.loss[t] !== null;
   const candidates = scores ? scores.candidates[t] : [];
   const without = causal
-    ? "none: nothing stands before it"
+    ? prefix > 1
+      ? "none: those before it see it, as the prompt is read both ways"
+      : "none: nothing stands before it"
     : candidates.length
       ? "unknown: the prompt hides it"
       : "none: a special token";
@@ -185,7 +187,9 @@ function buildTokens() {
   }
   $("tokens-note").replaceChildren(
     causal
-      ? "As the tokenizer cut the prompt. The colour is the loss of a token, given those before it: 0 "
+      ? prefix > 1
+        ? `As the tokenizer cut the prompt, whose ${prefix} tokens are read both ways and not predicted. The colour is the loss of a token behind it, given those before it: 0 `
+        : "As the tokenizer cut the prompt. The colour is the loss of a token, given those before it: 0 "
       : "As the tokenizer cut the prompt. The colour is the loss of a token when it alone is hidden: 0 ",
     make("span", undefined, "scale"),
     ` ${HOT} nats or more. Click a token to see what the model expected.`,
@@ -212,7 +216,8 @@ function buildLens() {
   $("lens-note").textContent =
     "The final norm and the head, put on the residual stream after each layer: the most probable " +
     (causal ? "next token at each token" : "token at each place, of the prompt as it stands") +
-    ", in a stronger colour where its probability is higher. The lowest row is the embedding.";
+    ", in a stronger colour where its probability is higher. The lowest row is the embedding." +
+    (prefix > 1 ? " Within the prompt, which is read both ways, the model has not learned to predict." : "");
   const table = document.querySelector("#lens table");
   const head = table.createTHead().insertRow();
   head.append(make("th", "layer"));

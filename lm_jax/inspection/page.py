@@ -27,13 +27,16 @@ def render(look: Look, tokenizer: Tokenizer, facts: dict[str, str]) -> str:
     """
     layers, heads, *_ = look.weights_LNTS.shape
     used = set(look.ids_T.tolist())
+    both_ways = not look.causal or look.prefix > 1
     data: dict[str, Any] = {
         "facts": list(facts.items()),
         "ids": look.ids_T.tolist(),
         "layers": layers,
         "heads": heads,
         "causal": look.causal,
-        "weights": pack(look.weights_LNTS, look.causal),
+        "prefix": look.prefix,
+        "bothWays": both_ways,
+        "weights": pack(look.weights_LNTS, causal=not both_ways),
         "scores": None,
     }
     if look.scores is not None:
@@ -50,7 +53,7 @@ def render(look: Look, tokenizer: Tokenizer, facts: dict[str, str]) -> str:
     return page
 
 
-def pack(weights_LNTS: np.ndarray, causal: bool) -> str:
+def pack(weights_LNTS: np.ndarray, *, causal: bool) -> str:
     """Attention weights as bytes in base64, each the root of a weight, to 1/255.
 
     Most weights are small, and the root spends more of the 256 steps on them: none is off by more

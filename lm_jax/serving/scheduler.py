@@ -19,6 +19,7 @@ import numpy as np
 from lm_jax.data.tokenizer_base import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generation.decoding import Completion, Generator, Row
+from lm_jax.generation.reading import check_ids
 from lm_jax.generation.sampling import Sampling
 from lm_jax.generation.text import TextStream
 from lm_jax.model.transformer import Transformer
@@ -111,7 +112,7 @@ class Scheduler:
             )
         self.slots, self.waiting, self.tokenizer = slots, waiting, tokenizer
         self._mesh = mesh
-        self._vocab_size = min(model.config.vocab_size, tokenizer.vocab_size)
+        self._config = model.config
         self._batch = Batch(model, tokenizer.vocab_size, slots, self.max_length)
         self._running: list[Job] = []
         self._queue: collections.deque[Job] = collections.deque()
@@ -145,9 +146,7 @@ class Scheduler:
         """
         t = self.tokenizer
         ids = t.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        wrong = ids[(ids < 0) | (ids >= self._vocab_size)]
-        if len(wrong):
-            raise UserError(f"{wrong[0]} is no token: ids are from 0 to {self._vocab_size - 1}")
+        check_ids(ids, self._config, t)
         if not len(ids):
             raise UserError("it is empty, and this tokenizer has no token that begins a text")
         if len(ids) >= self.max_length:

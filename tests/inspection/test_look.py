@@ -1,21 +1,23 @@
 """What is shown of a model is what it computes."""
 
 import dataclasses
-import re
 
 import jax
 import numpy as np
 import pytest
-from tiny_models import BERT, GEMMA, T, V, build, on_devices
+from tiny_models import BERT, GEMMA, LLAMA, build, on_devices
 
-from lm_jax.config import ModelConfig
 from lm_jax.data.tokenizer_base import BytesTokenizer, CharacterTokenizer
 from lm_jax.errors import UserError
-from lm_jax.inspection.look import encode, look
+from lm_jax.generation.decoding import Generator
+from lm_jax.generation.sampling import Sampling
+from lm_jax.inspection.look import look
+from lm_jax.inspection.prompt import encode
 from lm_jax.model import parameters as params_lib
 
 LETTERS = CharacterTokenizer("abcdefgh ", mask=True)
 CAUSAL = dataclasses.replace(GEMMA, layers=2)  # windows, and scores that are capped
+PREFIX = dataclasses.replace(LLAMA, prefix_attention=True, vocab_size=10)
 MASKED = dataclasses.replace(BERT, layers=1)
 
 
@@ -24,8 +26,8 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def scores_of(model, ids):
-    return log_softmax(model.logits(model(np.asarray([ids], np.int32))[0])[0])
+def scores_of(model, ids, **inputs):
+    return log_softmax(model.logits(model(np.asarray([ids], np.int32), **inputs)[0])[0])
 
 
 def check_place(scores, place, log_p, answer):
@@ -40,7 +42,7 @@ def check_place(scores, place, log_p, answer):
 
 def test_a_causal_model_tells_each_token_by_those_before():
     model = build(CAUSAL)
-    ids = encode(CAUSAL, LETTERS, "bad head face", 16)
+    ids = encode(CAUSAL, LETTERS, "bad head face")[0]
     seen = look(model, LETTERS, ids, top_k=5)
     log_p = scores_of(model, ids)
     assert np.isnan(seen.scores.loss_T[0]) and seen.scores.rank_T[0] == 0
@@ -71,9 +73,30 @@ def test_a_causal_model_tells_each_token_by_those_before():
         assert ((seen.weights_LNTS[layer] > 0) == visible).all()
 
 
+@pytest.mark.parametrize("prompt", [5, 1, None])
+def test_a_prefix_is_seen_as_a_prompt_is(prompt):
+    model = build(PREFIX)
+    ids = encode(PREFIX, LETTERS, "bad head")[0]
+    seen = look(model, LETTERS, ids, prompt=prompt, top_k=5)
+    T = len(ids)
+    size = prompt or T
+    query, key = np.mgrid[:T, :T]
+    assert ((seen.weights_LNTS > 0) == ((key <= query) | (key < size))).all()
+    log_p = scores_of(model, ids, prefix_BT=(np.arange(T) < size)[None])
+    told = np.arange(T + 1) >= size  # what the prompt sees is not told
+    np.testing.assert_array_equal(seen.scores.candidates_MK[:, 0] >= 0, told)
+    np.testing.assert_array_equal(np.isfinite(seen.scores.loss_T), told[:T])
+    for t in range(size - 1, T):
+        check_place(seen.scores, t + 1, log_p[t], ids[t + 1] if t + 1 < T else None)
+    np.testing.assert_array_equal(seen.scores.lens_LT[-1], log_p.argmax(-1))
+    if prompt is None:  # and it is what generation begins with
+        first = Generator(model, LETTERS).generate([ids], max_tokens=1, sampling=Sampling(0.0))
+        assert first[0].tokens == (seen.scores.candidates_MK[T, 0],)
+
+
 def test_a_masked_model_tells_each_token_with_it_alone_hidden():
     model = build(MASKED)
-    ids = encode(MASKED, LETTERS, "bad[MASK]h<mask>ad", 16)
+    ids = encode(MASKED, LETTERS, "bad[MASK]h<mask>ad")[0]
     mask = LETTERS.mask_id
     assert [i == mask for i in ids] == [False] * 3 + [True, False, True, False, False]
     with jax.set_mesh(on_devices((1, 1, 1))):
@@ -90,7 +113,7 @@ def test_a_masked_model_tells_each_token_with_it_alone_hidden():
 def test_specials_have_no_candidates():
     tokenizer = BytesTokenizer(mask=True)
     config = dataclasses.replace(MASKED, vocab_size=259)
-    ids = encode(config, tokenizer, "a", 16)
+    ids = encode(config, tokenizer, "a")[0]
     seen = look(build(config), tokenizer, ids)
     assert ids.tolist() == [256, ord("a"), 257]
     assert (seen.scores.candidates_MK[:, 0] >= 0).tolist() == [False, True, False]
@@ -99,7 +122,7 @@ def test_specials_have_no_candidates():
 
 def test_without_a_head_there_is_attention_alone():
     model = build(dataclasses.replace(MASKED, head="none"))
-    seen = look(model, LETTERS, encode(model.config, LETTERS, "bad", 16))
+    seen = look(model, LETTERS, encode(model.config, LETTERS, "bad")[0])
     assert seen.scores is None
     np.testing.assert_allclose(seen.weights_LNTS.sum(-1), 1, atol=1e-5)
 
@@ -109,22 +132,4 @@ def test_damaged_weights_are_told():
     parameters = params_lib.split(model)
     damaged = parameters | {"norm.scale": np.full(CAUSAL.width, np.nan, np.float32)}
     with pytest.raises(UserError, match="not finite"):
-        look(params_lib.bind(model, damaged), LETTERS, encode(CAUSAL, LETTERS, "bad", 16))
-
-
-LONG = ModelConfig(vocab_size=V, layers=96, width=8, heads=96, max_length=1024)
-
-
-@pytest.mark.parametrize(
-    "config, prompt, limit, message",
-    [
-        (CAUSAL, "a" * (T + 1), 128, f"has {T + 1} tokens.*takes at most {T}"),
-        (CAUSAL, "aaaa", 3, "has 4 tokens.*--max_tokens=3"),
-        (LONG, "a" * 1000, 1000, "4608 million"),
-        (CAUSAL, "", 9, "no token"),
-        (CAUSAL, "xyz", 9, re.escape("'x' (U+0078)")),
-    ],
-)
-def test_a_prompt_that_cannot_be_shown_is_refused(config, prompt, limit, message):
-    with pytest.raises(UserError, match=message):
-        encode(config, LETTERS, prompt, limit)
+        look(params_lib.bind(model, damaged), LETTERS, encode(CAUSAL, LETTERS, "bad")[0])

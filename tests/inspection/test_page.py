@@ -6,9 +6,11 @@ import json
 
 import numpy as np
 import pytest
+from tiny_models import LLAMA, build
 
 from lm_jax.data.tokenizer_base import Tokenizer
 from lm_jax.inspection.look import Look, Scores
+from lm_jax.inspection.look import look as inspect_model
 from lm_jax.inspection.page import render
 
 # Texts that would do harm as HTML or as a script, would not be seen, or are no text.
@@ -82,7 +84,7 @@ def example(causal: bool = True, ids=None) -> Look:
     candidates[without], chances[without] = -1, np.nan
     lens = rng.integers(0, V, (L + 1, size)), rng.random((L + 1, size))
     told = Scores(V, loss, rank, candidates[:, :4], chances[:, :4], *lens)
-    return Look(ids, causal, weights, told)
+    return Look(ids, causal, 0, weights, told)
 
 
 @pytest.fixture
@@ -227,6 +229,28 @@ def test_without_a_head_it_says_so(show):
     assert not page.locator("#lens-section").is_visible()
     page.locator("#tokens button").nth(2).click()
     assert page.inner_text("#looking").startswith("Layer 1, mean of its heads: <!--")
+
+
+def test_a_prompt_that_is_read_both_ways(show):
+    model = build(dataclasses.replace(LLAMA, prefix_attention=True))
+    ids, prompt = np.array([12, 0, 4, 4, 7, 2], np.int32), 4
+    look = inspect_model(model, Nasty(), ids, prompt=prompt)
+    page = show(look)
+    assert f"whose {prompt} tokens are read both ways" in page.inner_text("#tokens-note")
+    said = page.inner_text("#summary")
+    assert f"Mean loss {look.scores.loss_T[prompt:].mean():.3f} nats over 2 tokens" in said
+    for token, seen in ((0, prompt), (prompt - 1, prompt), (prompt, prompt + 1)):
+        page.locator("#tokens button").nth(token).click()
+        most = {int(place) - 1: float(share.rstrip("%")) for place, _, share in rows(page, "#most")}
+        want = 100 * look.weights_LNTS[0].mean(0)[token]
+        assert sorted(most) == list(range(seen)) and not want[seen:].any()
+        assert all(abs(want[place] - share) < 0.5 for place, share in most.items())
+        facts = page.inner_text("#chosen-facts")
+        if token < prompt:
+            assert "the prompt is read both ways" in facts
+            assert not page.locator("#candidates").is_visible()
+        else:
+            assert f"{look.scores.loss_T[token]:.3f} nats" in facts
 
 
 @pytest.mark.parametrize("causal", [True, False])

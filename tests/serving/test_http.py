@@ -101,7 +101,7 @@ def test_a_prompt_may_be_token_ids(server):
     assert len(complete(server, prompt=[ids, ids[:2]], max_tokens=1)[1]["choices"]) == 2
     # The tokenizer has 258 of them, and the model 300.
     status, error = complete(server, prompt=[ids, [257, 258]])
-    assert status == 400 and "prompt[1]: 258 is no token" in error["message"]
+    assert status == 400 and "prompt[1]: 258 is no token of this model" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ def test_bad_arguments(make):
     with pytest.raises(UserError, match=r"it has 40 tokens, .* may have 40"):
         ask(scheduler, "aa" * 39)
     for wrong in (100, -1):  # the model has 300, the tokenizer these
-        with pytest.raises(UserError, match=f"{wrong} is no token: ids are from 0 to 99"):
+        with pytest.raises(UserError, match=f"{wrong} is no token of this model: ids are from 0"):
             ask(scheduler, np.array([3, wrong], np.int32))
     with pytest.raises(UserError, match="it is empty"):
         ask(scheduler, np.zeros(0, np.int32))
