@@ -12,7 +12,7 @@ from lm_jax.data.sources import documents
 from lm_jax.errors import UserError
 
 ROUND_TRIP = """
-import pickle, sys
+import pickle, re, sys
 from lm_jax.config import DataConfig
 from lm_jax.data.sources import documents
 if sys.argv[1] == "write":
@@ -30,6 +30,20 @@ else:
     train[0]
     assert list(pickle.loads(pickle.dumps(train))) == ["one", "zwö", "three"]
     assert list(documents(config, "validation")) == ["four"]
+    part = documents(DataConfig(("tfds:local_text/mine[train[1:]+validation]",)), "train")
+    assert list(pickle.loads(pickle.dumps(part))) == ["zwö", "three"]
+    from lm_jax.errors import UserError
+    for split, said in {
+        "[test]": "Unknown split 'test'.* Splits: train, validation",
+        "[train[x]]": r"mine\\[train\\[x\\]\\]: Error parsing split",
+        "[train": "in brackets if you like",
+    }.items():
+        try:
+            documents(DataConfig((f"tfds:local_text/mine{split}",)), "train")
+        except UserError as e:
+            assert re.search(said, str(e)), e
+        else:
+            assert False, split
 assert not {"tensorflow", "jax", "torch"} & set(sys.modules)
 """
 
