@@ -33,6 +33,7 @@ case "$*" in *training.steps=*) steps=4 ;; esac
 case "$*" in *runs/quickstart*) ;; *) more='{less}' ;; esac
 small='{tiny}'
 case "$*" in *init_from=runs/published*) small='{rest}' ;; esac
+case "$*" in *answer.py*) small="$small --config.data.length=128" ;; esac  # for its instruction
 case "$1 $2" in
   "-m pip") echo "$*" >>pip.log ;;
   "-m ruff") exec '{python}' "$@" configs ;;
