@@ -1,9 +1,7 @@
 """The page that chats with the model, in a real browser."""
 
-import threading
-
 import pytest
-from tiny_serving import model_of, serving, slowed, until
+from tiny_serving import held, model_of, serving, slowed, until
 
 from lm_jax.serving.service import Limits
 
@@ -111,9 +109,7 @@ def test_a_new_conversation_knows_nothing_of_one_that_still_runs(model, open_pag
 def test_what_was_not_answered_can_be_asked_again(model, open_page):
     with serving(model, limits=Limits(), slots=1) as server:
         server.service.warm_up()
-        scheduler, goes_on = server.service.scheduler, threading.Event()
-        turn = scheduler._turn
-        scheduler._turn = lambda: (goes_on.wait(60), turn())
+        scheduler, goes_on = server.service.scheduler, held(server)
         page = open_page(server.address)
         page.wait_for_selector("h1:text-is('tiny')")
         page.get_by_label("max tokens").fill("5")

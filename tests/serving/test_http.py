@@ -15,6 +15,7 @@ from tiny_serving import (
     call,
     chat,
     complete,
+    held,
     model_of,
     raw,
     serving,
@@ -264,9 +265,7 @@ def test_a_model_without_a_template_says_where_to_go(model):
 def test_time_is_up_though_the_model_is_busy(model, monkeypatch):
     monkeypatch.setattr(service, "_GRACE", 0.1)
     with serving(model, limits=Limits(request_timeout=0.2)) as server:
-        scheduler, goes_on = server.service.scheduler, threading.Event()
-        turn = scheduler._turn
-        scheduler._turn = lambda: (goes_on.wait(60), turn())
+        goes_on = held(server)
         for stream in (False, True):
             status, error = complete(server, stream=stream)
             assert status == 504 and error["code"] == "timeout"

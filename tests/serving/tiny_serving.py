@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -60,6 +61,14 @@ def slowed(server: Server, seconds: float) -> None:
     scheduler = server.service.scheduler
     turn = scheduler._turn
     scheduler._turn = lambda: (time.sleep(seconds), turn())
+
+
+def held(server: Server) -> threading.Event:
+    """Nothing is generated until the event is set."""
+    scheduler, goes_on = server.service.scheduler, threading.Event()
+    turn = scheduler._turn
+    scheduler._turn = lambda: (goes_on.wait(60), turn())
+    return goes_on
 
 
 def asked(server: Server, path: str, body=None, method=None) -> urllib.request.Request:
