@@ -75,9 +75,9 @@ class Connection(socketserver.BaseRequestHandler):
         raise NotImplementedError
 
     def handle(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._incoming, self.kept = Incoming(self.request), True
         with contextlib.suppress(OSError):  # the client is gone, or the connection was ended
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while self.kept:
                 self._one()
             if self._unread:

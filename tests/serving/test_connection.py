@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 
+import h11
 import pytest
 from test_protocol import any_value
 from tiny_serving import (
@@ -279,6 +280,33 @@ def test_connections_are_kept(server):
     head, _, body = got.partition(b"\r\n\r\n")
     assert b"chunked" not in head and len(events(body)) >= 2
     assert raw(server, b"HEAD / HTTP/1.0\r\n\r\n").endswith(b"\r\n\r\n")
+
+
+def test_answers_are_what_h11_reads(server):
+    reader, found = h11.Connection(h11.CLIENT), []
+    json_of = [("Content-Type", "application/json"), ("Expect", "100-continue")]
+    asked = [("GET", "/", b""), ("HEAD", "/", b""), ("OPTIONS", "/v1/models", b"")]
+    asked += [("DELETE", "/", b""), ("GET", "/nothing", b""), ("POST", "/health", b"")]
+    for more in ({}, {"stream": True}, {"n": 2}):
+        asked.append(("POST", "/v1/completions", json.dumps(SHORT | more).encode()))
+    with connected(server) as s:
+        for method, path, body in asked:
+            headers = [("Host", "localhost"), ("Content-Length", str(len(body)))]
+            headers += json_of if body else []
+            s.sendall(reader.send(h11.Request(method=method, target=path, headers=headers)))
+            s.sendall(reader.send(h11.Data(data=body)) + reader.send(h11.EndOfMessage()))
+            status, said = 0, b""
+            while not isinstance(event := reader.next_event(), h11.EndOfMessage):
+                if event is h11.NEED_DATA:
+                    reader.receive_data(s.recv(65_536))
+                elif isinstance(event, h11.Response):
+                    status = event.status_code
+                elif isinstance(event, h11.Data):
+                    said += event.data
+            found.append((status, len(said) > 0))
+            reader.start_next_cycle()
+    assert found[:3] == [(200, True), (200, False), (200, False)]
+    assert [status for status, _ in found[3:]] == [405, 404, 405, 200, 200, 400]
 
 
 @pytest.mark.parametrize("more", [b"", LAST], ids=["", "more was sent"])
