@@ -172,13 +172,15 @@ def sentencepiece_model(**fields) -> bytes:
         vocab_size=1000,
         model_type="bpe",
         byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
         num_threads=1,
         minloglevel=2,
-        **fields,
+        **{
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "allow_whitespace_only_pieces": True,
+            "split_digits": True,
+        }
+        | fields,
     )
     return model.getvalue()
 

@@ -12,8 +12,9 @@ What a class needs, besides names and flags in `tokenizer_config.json`:
   Qwen2Tokenizer                    the same, with NFC and a split of its own
   BertTokenizer                     vocab.txt: WordPiece
   LlamaTokenizer, GemmaTokenizer    tokenizer.model: SentencePiece BPE
+  no class of these                 tokenizer.model: any SentencePiece model, read as it says itself
 
-or a `tokenizer.json`, which wins. Source: transformers 5.23, tokenization_utils_tokenizers.py and
+or a `tokenizer.json`, which wins. Source: transformers 5.24, tokenization_utils_tokenizers.py and
 models/*/tokenization_*.py.
 """
 
@@ -106,7 +107,10 @@ def read_folder(folder: Path) -> HuggingFaceTokenizer:
         if definition is not None and name == _BACKEND:
             tokenizer = parse(json.dumps(definition))
         else:
-            vocabulary = files.Vocabulary.of(definition) if definition else vocabulary
+            if definition is not None:
+                vocabulary = files.Vocabulary.of(definition)
+            elif name == _BACKEND:
+                config |= files.added_to_sentencepiece(config, vocabulary)
             tokenizer = _BUILD[name](config, vocabulary)
         config["tokenizer_class"] = name
         _add_tokens(tokenizer, config, folder, definition)

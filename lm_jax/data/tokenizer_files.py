@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
     "PreTrainedTokenizerFast": (SENTENCEPIECE,),
 }
 # Types of pieces in a SentencePiece model.
-CONTROL, USER_DEFINED = 3, 4
-_UNIGRAM = 1
+_NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+_UNIGRAM = 1  # the type of a model
 
 
 @dataclasses.dataclass
@@ -192,8 +193,8 @@ def _read_sentencepiece(folder: Path, tokenizer: str, config: dict[str, Any]) ->
     proto = parse_sentencepiece(path.read_bytes())
     if not proto.pieces:
         raise UserError(f"{path}: not a SentencePiece model")
-    unigram = proto.trainer_spec.model_type == _UNIGRAM
-    if unigram and tokenizer != "PreTrainedTokenizerFast":
+    of_no_class = tokenizer == "PreTrainedTokenizerFast"
+    if proto.trainer_spec.model_type == _UNIGRAM and not of_no_class:
         raise UserError(
             f"{path}: a unigram model, and {tokenizer} needs one of byte-pair merges: correct"
             " tokenizer_class, or name the file itself to have SentencePiece read it"
@@ -209,14 +210,14 @@ def _read_sentencepiece(folder: Path, tokenizer: str, config: dict[str, Any]) ->
                 "special": p.type == CONTROL,
             }
             for p in proto.pieces
-            if p.type in (CONTROL, USER_DEFINED)
+            if p.type == CONTROL or (p.type == USER_DEFINED and not of_no_class)
         ]
-    if tokenizer == "PreTrainedTokenizerFast":
+    if of_no_class:
         spec = proto.trainer_spec
         for key in ("bos", "eos", "unk"):
             if getattr(spec, f"{key}_id") >= 0:
                 names[f"{key}_token"] = getattr(spec, f"{key}_piece")
-    return Vocabulary(tokens, [] if unigram else merges_of(tokens), names, proto)
+    return Vocabulary(tokens, [] if of_no_class else merges_of(tokens), names, proto)
 
 
 def parse_sentencepiece(model: bytes) -> Any:
@@ -257,32 +258,79 @@ def sentencepiece_decoders() -> list[Any]:
     return [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
 
 
-def from_sentencepiece(config: dict[str, Any], vocabulary: Vocabulary) -> Any:
-    """A SentencePiece model of no class, as Transformers reads it: without a space in front."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
+def added_to_sentencepiece(config: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """The tokens added to a SentencePiece model of no class, as fields of tokenizer_config.json:
+    they are looked for before spaces are put in front of what lies between them."""
+    stated = config.get("added_tokens_decoder")
+    if not stated or not vocabulary.proto.normalizer_spec.add_dummy_prefix:
+        return {}
+    return {
+        "added_tokens_decoder": {i: flags | {"normalized": False} for i, flags in stated.items()}
+    }
 
-    spec, tokens = vocabulary.proto.trainer_spec, dict(vocabulary.tokens)
+
+def from_sentencepiece(config: dict[str, Any], vocabulary: Vocabulary) -> Any:
+    """A SentencePiece model of no class, read as Transformers reads it: by what it says itself of
+    spaces and symbols. All but rare texts are encoded as the `sentencepiece` library does it.
+
+    After special tokens too there is a space in front, unless `legacy` is false in `config`.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    proto, tokens = vocabulary.proto, dict(vocabulary.tokens)
     names = {i: name for name, i in tokens.items()}
     for i, flags in config.get("added_tokens_decoder", {}).items():
         name = content(flags)
         if int(i) in names and name not in tokens:  # a placeholder that was given a name
             tokens[name] = tokens.pop(names[int(i)])
-    fallback = spec.byte_fallback
-    if spec.model_type == _UNIGRAM:
-        scores = [(p.piece, p.score) for p in vocabulary.proto.pieces]
-        model = models.Unigram(scores, unk_id=spec.unk_id, byte_fallback=fallback)
+            names[int(i)] = name
+    whole = [names[i] for i, p in enumerate(proto.pieces) if p.type == USER_DEFINED]
+    unknown, fallback = proto.trainer_spec.unk_piece, proto.trainer_spec.byte_fallback
+    if proto.trainer_spec.model_type == _UNIGRAM:
+        scores = [(p.piece, p.score) for p in proto.pieces]
+        unk_id = proto.trainer_spec.unk_id
+        tokenizer = Tokenizer(models.Unigram(scores, unk_id=unk_id, byte_fallback=fallback))
     else:
-        model = models.BPE(
-            tokens,
-            vocabulary.merges,
-            unk_token=spec.unk_piece,
-            fuse_unk=True,
-            byte_fallback=fallback,
+        normal = [i for i, p in enumerate(proto.pieces) if p.type == _NORMAL]
+        learned = sorted(normal, key=lambda i: (-proto.pieces[i].score, i))
+        tokenizer = Tokenizer(
+            models.BPE(
+                tokens,
+                merges_of(names[i] for i in learned),
+                unk_token=unknown,
+                fuse_unk=True,
+                byte_fallback=fallback,
+                ignore_merges=bool(whole),
+            )
         )
-    tokenizer = Tokenizer(model)
-    charsmap = vocabulary.proto.normalizer_spec.precompiled_charsmap
-    first = [normalizers.Precompiled(charsmap)] if charsmap else []
-    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
-    steps = sentencepiece_decoders()
-    tokenizer.decoder = decoders.Sequence(steps if fallback else steps[:1])
+
+    spec = proto.normalizer_spec
+    charsmap, prefix = spec.precompiled_charsmap, spec.add_dummy_prefix
+    legacy = config.get("legacy", True)
+    steps = [normalizers.Precompiled(charsmap)] if charsmap else []
+    if spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if spec.escape_whitespaces:
+        steps.append(normalizers.Replace(" ", SPACE))
+    if prefix and legacy:  # Metaspace puts none in front of another
+        steps.append(normalizers.Replace(Regex(rf"\A{SPACE}"), SPACE * 2))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    splits = []
+    if prefix:
+        scheme = "always" if legacy else "first"
+        splits.append(pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False))
+    if whole:
+        longest_first = sorted(whole, key=len, reverse=True)
+        pattern = Regex("|".join(re.escape(piece) for piece in longest_first))
+        splits.append(pre_tokenizers.Split(pattern, "isolated"))
+    if splits:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    replaced, bytes_joined, fused = sentencepiece_decoders()
+    spelling = [replaced, *([bytes_joined] if fallback else [])]
+    if fallback or prefix:
+        spelling.append(fused)
+    if prefix:
+        spelling.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(spelling)
     return tokenizer

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import sentencepiece
 from published_folders import FAMILIES, sentencepiece_model, varied_texts, write
 from transformers import AutoTokenizer
 
@@ -93,6 +94,37 @@ def test_a_saved_family_is_the_same(folder_of, name, tmp_path):
     assert again.specials == tokenizer.specials
     for text in TEXTS[30:200]:
         np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"add_dummy_prefix": False},
+        {"user_defined_symbols": "<a>,the,of t,\u2581\u2581"},
+        {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+    ],
+    ids=["as llama", "no prefix", "symbols", "normalized"],
+)
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_sentencepiece_model_of_no_class(fields, legacy, tmp_path):
+    """Transformers reads it as it says itself: all but a few texts come out as of `sentencepiece`,
+    which has its own ways with combining characters and with spaces that are symbols."""
+    model = sentencepiece_model(**fields)
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    texts = [text for text in TEXTS[:3000] if not any(s in text for s in theirs.all_special_tokens)]
+    wanted = theirs(texts, add_special_tokens=False).input_ids
+    assert different(wanted, ours, texts) == []
+    if legacy:
+        own = sentencepiece.SentencePieceProcessor(model_proto=model)
+        odd = different(own.encode(texts), ours, texts)
+        assert len(odd) <= (15 if "user_defined_symbols" in fields or len(fields) > 1 else 0), odd
+    for text, ids in zip(texts[10:200], wanted[10:200]):
+        assert ours.decode(ours.encode(text)) == theirs.decode(ids)
 
 
 def test_a_file_alone_is_read_as_it_stands(folder_of, tmp_path):
