@@ -64,6 +64,24 @@ def model_of(flag: flags.FlagHolder) -> str:
     return flag.value
 
 
+def define_job_flags(what: str) -> Callable[[], tuple[str | None, int | None, int | None]]:
+    """--coordinator, --processes and --process; what is returned reads them, in this order.
+
+    Args:
+      what: the processes do together.
+    """
+    holders = (
+        flags.DEFINE_string(
+            "coordinator",
+            None,
+            "Of several processes: HOST:PORT, the host of process 0 and a free port.",
+        ),
+        flags.DEFINE_integer("processes", None, f"How many processes {what} together.", 1),
+        flags.DEFINE_integer("process", None, "Which of them this is, from 0 on.", 0),
+    )
+    return lambda: tuple(holder.value for holder in holders)
+
+
 def define_dtype_flag() -> flags.FlagHolder:
     return flags.DEFINE_enum(
         "dtype",

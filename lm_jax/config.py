@@ -224,7 +224,7 @@ class TaskConfig:
     metrics: tuple[str, ...] = resumable(())  # (): those of the task
     max_tokens: int | None = resumable(None)  # of an answer; None: the task's
     beams: int = resumable(1)  # 1: greedily, the most probable token each time
-    length_penalty: float = resumable(1.0)  # of beams: above 1 favours long answers
+    length_penalty: float = resumable(1.0)  # of beams: the more, the longer the answer
     # extract, with data.unanswerable: there is no answer where that scores higher than the best one
     # by more than this (Devlin et al. 2018, section 4.3, with the other sign).
     null_threshold: float = resumable(0.0)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from lm_jax.applications import APPLICATIONS
-from lm_jax.config import OF_EXAMPLES, Config
+from lm_jax.config import OF_EXAMPLES, OWN_HEADS, Config, DataConfig, TaskConfig
 from lm_jax.errors import UserError
 from lm_jax.model_validation import Check
 from lm_jax.template import Template
@@ -139,6 +139,21 @@ def _check_windows(config: Config) -> Iterator[Check]:
     )
 
 
+def without_use(data: DataConfig, beams: int) -> dict[str, str]:
+    """Fields of `TaskConfig` that would change nothing about answers, and why."""
+    objective, unused = data.objective, {}
+    if objective != "extract" or not data.unanswerable:
+        unused["null_threshold"] = "each question has an answer, or there is nothing to compare"
+    if beams == 1:
+        unused["length_penalty"] = "there is one beam, and nothing to choose by it"
+    if objective in OWN_HEADS:
+        why = f"a model of objective '{objective}' writes no answers"
+        unused |= dict.fromkeys(("beams", "length_penalty"), why)
+    if objective == "classify":
+        unused["max_tokens"] = why
+    return unused
+
+
 def task_checks(config: Config) -> Iterator[Check]:
     """Whether the task is one that the data is about."""
     task, objective = config.task, config.data.objective
@@ -149,6 +164,8 @@ def task_checks(config: Config) -> Iterator[Check]:
         f"'{task.name}' is about examples of objective {' or '.join(map(repr, wanted))}, not"
         f" '{objective}'",
     )
+    for key, why in without_use(config.data, task.beams).items():
+        yield getattr(task, key) == getattr(TaskConfig, key), f"task.{key}", f"{why}: leave it out"
     if task.name == "none":
         for key in ("metrics", "null_threshold", "every", "keep_best"):
             yield not getattr(task, key), f"task.{key}", "there is no task: set task.name as well"

@@ -15,14 +15,10 @@ _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's folder: made if it is not there, gone on with if it is."
 )
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Of several processes: HOST:PORT, the host of process 0 and a free port."
-)
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes train together.", 1)
+_JOB = cli.define_job_flags("train")
 _VALIDATE_ONLY = flags.DEFINE_bool(
     "validate_only", False, "Check the arguments, as far as that needs no text, and end."
 )
-_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0 on.", 0)
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +33,7 @@ def main(argv: list[str]) -> None:
 
     from lm_jax import runtime
 
-    runtime.configure(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    runtime.configure(*_JOB())
 
     from lm_jax.training.loop import train
 

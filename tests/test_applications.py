@@ -1,16 +1,20 @@
 """Each application from its recipe's tiny variant to a score, on examples that can be learned."""
 
+import contextlib
 import importlib.util
 import json
+import os
 import random
 import re
+import signal
 import urllib.request
 
 import commands
 import pytest
 
-from lm_jax.errors import UserError
+from lm_jax.evaluation.metrics import score
 from lm_jax.evaluators.application import evaluate_task
+from lm_jax.training import answering
 from lm_jax.training.loop import train
 
 WORDS = {"dog": "hund", "cat": "katze", "man": "mann", "runs": "rennt", "sleeps": "schlaeft"}
@@ -54,7 +58,12 @@ def _examples(name, count):
     if name == "summarize":
         return [{"dialogue": f"A: {s}. B: yes.", "summary": s.split()[-1]} for s in sentences]
     return [
-        {"messages": [{"role": "user", "content": s}, {"role": "assistant", "content": "I see."}]}
+        {
+            "messages": [
+                {"role": "user", "content": s},
+                {"role": "assistant", "content": " ".join(s.split()[1:])},
+            ]
+        }
         for s in sentences
     ]
 
@@ -88,10 +97,10 @@ def written(folder, name, count=120, unanswerable=False):
     [
         ("translate", 50, "chrf", 80.0),
         ("sentiment", 30, "accuracy", 95.0),
-        ("summarize", 40, "rougeL", 60.0),
-        ("answer", 40, "f1", 30.0),
+        ("summarize", 35, "rougeL", 80.0),
+        ("answer", 50, "f1", 80.0),
         ("answer:extract_tiny", 60, "f1", 95.0),
-        ("instruct", 30, "rougeL", 90.0),
+        ("instruct", 25, "rougeL", 80.0),
     ],
 )
 def test_a_recipe_learns_and_is_scored(name, steps, metric, least, tmp_path, capsys):
@@ -107,29 +116,29 @@ def test_a_recipe_learns_and_is_scored(name, steps, metric, least, tmp_path, cap
         training__steps=steps,
         training__evaluate_every=0,
         task__every=0,
-        task__max_tokens=24,
         checkpoint__every=0,
     )
     assert train(config, workdir) == 0
-    said = capsys.readouterr().err
-    assert f"evaluate --task={name}" in said
+    best = "/best" if config.task.keep_best else ""
+    assert f"evaluate --task={name} --workdir={workdir}{best}\n" in capsys.readouterr().err
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (scored,) = [x for x in lines if x["kind"] == "task"]
     assert scored[metric] >= least, scored
 
-    output = tmp_path / "predictions.jsonl"
-    report, result = evaluate_task(workdir, name, output=str(output))
-    assert report["scores"][metric]["value"] == pytest.approx(scored[metric], abs=1e-6)
-    assert report["scores"][metric]["low"] <= scored[metric] <= report["scores"][metric]["high"]
-    records = [json.loads(x) for x in output.read_text().splitlines()]
-    assert sorted(records, key=lambda r: r["index"]) == result.records
-
-    # One that was cut off goes on, with the same result; its last line was not whole.
-    output.write_text("".join(json.dumps(r) + "\n" for r in records[:3]) + '{"index": 9')
-    again = evaluate_task(workdir, name, output=str(output))[0]
-    assert again["scores"] == report["scores"]
-    with pytest.raises(UserError, match="holds predictions for other examples"):
-        evaluate_task(workdir, name, output=str(output), sources=(source,))
+    report, result = evaluate_task(workdir + best, name)
+    found = report["scores"][metric]
+    assert found["value"] == pytest.approx(scored[metric], abs=1e-6)
+    assert found["low"] <= found["value"] <= found["high"]
+    told = tmp_path / "run" / "predictions" / f"{steps}"
+    assert json.loads(told.with_suffix(".report.json").read_text())["result"]["scores"] == {
+        key: {k: pytest.approx(v) for k, v in s.items()} for key, s in report["scores"].items()
+    }
+    records = [json.loads(x) for x in told.with_suffix(".jsonl").read_text().splitlines()]
+    assert [r["prediction"] for r in records] == [r["prediction"] for r in result.records]
+    # Nothing that is said to all of them alike comes near.
+    references = [r["references"] for r in result.records]
+    for same in {several[0] for several in references}:
+        assert score([metric], [same] * len(references), references)[metric].value < least - 10
     assert ("unanswerable" in report) == unanswerable
     if unanswerable:
         of_kinds = report["unanswerable"]["by_kind"]
@@ -138,7 +147,7 @@ def test_a_recipe_learns_and_is_scored(name, steps, metric, least, tmp_path, cap
         }  # fmt: skip
         assert report["unanswerable"]["best"][metric]["score"] >= scored[metric]
     if name == "instruct":
-        assert talked_with(workdir) == "I see."
+        assert talked_with(workdir) == "dog runs"
 
 
 def talked_with(workdir: str) -> str:
@@ -159,3 +168,32 @@ def talked_with(workdir: str) -> str:
         server.communicate()
     assert choice["finish_reason"] == "stop"
     return choice["message"]["content"].strip()
+
+
+def test_a_signal_while_answering_saves_and_what_is_left_is_done_later(tmp_path, monkeypatch):
+    source, workdir = written(tmp_path, "sentiment", 20), tmp_path / "run"
+    config = recipe(
+        "sentiment",
+        data__sources=(source,),
+        data__validation_fraction=0.2,
+        training__steps=2,
+        training__evaluate_every=0,
+        task__every=0,
+        checkpoint__every=0,
+    )
+
+    @contextlib.contextmanager
+    def interrupted(*_, **__):
+        yield lambda done: os.kill(os.getpid(), signal.SIGTERM)
+
+    def answered() -> list[int]:
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        return [r["step"] for r in map(json.loads, lines) if r["kind"] == "task"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "progress", interrupted)
+        assert train(config, str(workdir)) == signal.SIGTERM
+    assert answered() == [] and os.listdir(workdir / "checkpoints") == ["2"]
+    assert train(config, str(workdir)) == 0
+    assert answered() == [2]
+    assert os.listdir(workdir / "best" / "checkpoints") == ["2"]

@@ -127,7 +127,7 @@ def test_a_published_folder_is_used_as_it_is(published, corpus):
     searched = run("generate", f"--model={published}", "--prompt=ab", "--max_tokens=8", *search)
     check(searched, num_beams=3, length_penalty=2.0)
     assert searched != said
-    result = evaluate_model(str(published), validation_sources=(str(corpus),), max_batches=1)
+    result = evaluate_model(str(published), sources=(str(corpus),), max_batches=1)
     assert result["step"] is None and 1 < result["loss"] < 10
 
 
@@ -174,11 +174,11 @@ def test_adapters_merged_and_by_themselves_are_one_model(published, adapted, cor
     np.testing.assert_allclose(logits(apart), want, atol=1e-4)
     with jax.default_matmul_precision("highest"):
         losses = {
-            evaluate_model(str(path), validation_sources=(str(corpus),), length=32)["loss"]
+            evaluate_model(str(path), sources=(str(corpus),), length=32)["loss"]
             for path in (adapted, tmp_path / "merged")
         }
     assert max(losses) - min(losses) < 1e-4
-    unadapted = evaluate_model(str(published), validation_sources=(str(corpus),), length=32)["loss"]
+    unadapted = evaluate_model(str(published), sources=(str(corpus),), length=32)["loss"]
     assert max(losses) < unadapted - 0.5
 
 

@@ -185,5 +185,6 @@ def test_a_task_that_cannot_be_run(tmp_path):
         ([task], "--source: crows_pairs needs one file"),
         ([task, "--source=a", "--max_batches=1"], "--max_batches: has no meaning"),
         (["--output=scores.jsonl"], "--output: has no meaning without --task"),
+        (["--batch_size=0"], "batch_size"),
     ):
         assert said in fails(model, *flags, command="evaluate")

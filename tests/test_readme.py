@@ -254,10 +254,17 @@ def test_workdir_holds_what_it_says(done, checkout):
     listing = README.split("## What a workdir holds")[1].split("```")[1]
     named = [line.split()[0] for line in listing.strip().splitlines()]
     run = checkout / "runs" / "quickstart"
-    for name in set(named) - {"checkpoints/STEP/", "profile/", "base.json", "best/"}:
+    for name in set(named) - {
+        "checkpoints/STEP/",
+        "profile/",
+        "base.json",
+        "best/",
+        "predictions/",
+    }:
         assert (run / name).exists(), name
     assert (checkout / "runs" / "adapted" / "base.json").exists()
     assert (checkout / "runs" / "translate" / "best" / "checkpoints").is_dir()
+    assert (checkout / "runs" / "translate" / "predictions" / "2.report.json").exists()
     assert {entry.name for entry in run.iterdir()} <= {name.split("/")[0] for name in named}
 
 

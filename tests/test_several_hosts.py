@@ -1,5 +1,6 @@
 """Two processes train together, lose one another, and go on; who is missing is named."""
 
+import json
 import pathlib
 import shutil
 import signal
@@ -16,6 +17,8 @@ from commands import environment, losses, stored_arrays, tiny, train
 from lm_jax import rendezvous
 from lm_jax.cluster import Job
 from lm_jax.errors import UserError
+from lm_jax.evaluators.application import evaluate_task
+from lm_jax.evaluators.models import ModelOptions
 from lm_jax.training.checkpoint import Checkpoints
 
 
@@ -28,11 +31,18 @@ def free_address() -> str:
 class Processes:
     """A run of several processes, on as many devices each; whatever is left of it is killed."""
 
-    def __init__(self, flags: list[str], cache: pathlib.Path, count: int = 2, devices: int = 4):
+    def __init__(
+        self,
+        flags: list[str],
+        cache: pathlib.Path,
+        count: int = 2,
+        devices: int = 4,
+        command: str = "train",
+    ):
         place = [f"--coordinator={free_address()}", f"--processes={count}"]
         self.all = [
             commands.start(
-                "train", *flags, *place, f"--process={i}", env=environment(devices, cache)
+                command, *flags, *place, f"--process={i}", env=environment(devices, cache)
             )
             for i in range(count)
         ]
@@ -46,11 +56,17 @@ class Processes:
             process.communicate()
 
 
-def together(flags: list[str], cache: pathlib.Path, count: int = 2, devices: int = 4) -> None:
-    with Processes(flags, cache, count, devices) as processes:
+def together(
+    flags: list[str], cache: pathlib.Path, count: int = 2, devices: int = 4, command: str = "train"
+) -> list[str]:
+    """What each of them printed."""
+    printed = []
+    with Processes(flags, cache, count, devices, command) as processes:
         for process in processes:
             out, err = process.communicate(timeout=200)
             assert process.returncode == 0, out + err
+            printed.append(out)
+    return printed
 
 
 def wait_for(step: int, workdir: pathlib.Path, processes: list[subprocess.Popen]) -> None:
@@ -149,6 +165,60 @@ def test_processes_that_hold_the_same_rows_read_the_same_rows(flags, cache, tmp_
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert sorted(two) == [1, 2, 3]
     np.testing.assert_allclose(list(two.values()), list(one.values()), atol=1e-5)
+
+
+def test_two_processes_answer_examples_as_one_does(cache, tmp_path):
+    """In training, where both keep the best model, and by `evaluate`, which goes on with a part."""
+    source, run, output = tmp_path / "a.jsonl", tmp_path / "run", tmp_path / "out.jsonl"
+    pairs = [{"en": "ab" * (1 + i % 5), "de": "ba" * (1 + i % 5)} for i in range(40)]
+    source.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    settings = {
+        "data.sources": source,
+        "data.validation_fraction": 0.5,
+        "tokenizer.kind": "bytes",
+        "model.layers": 1,
+        "training.steps": 10,
+        "training.evaluate_every": 0,
+        "task.every": 5,
+        "task.beams": 1,
+        "task.max_tokens": 5,
+        "task.rows": 8,
+        "mesh.data": 4,
+        "mesh.fsdp": 2,
+        "logging.tensorboard": False,
+    }
+    together([
+        "--config=configs/translate.py:tiny",
+        f"--workdir={run}",
+        *(f"--config.{key}={value}" for key, value in settings.items()),
+    ], cache)  # fmt: skip
+    best = json.loads((run / "best" / "score.json").read_text())
+    assert best["examples"] == 20
+
+    report, result = evaluate_task(str(run / "best"), "translate", output=str(output))
+    assert report["step"] == best["step"]
+    assert report["scores"][best["metric"]]["value"] == best["value"]
+    told = (run / "predictions" / f"{best['step']}.jsonl").read_bytes()
+    whole = output.read_bytes()
+    assert told == whole and any(r["prediction"] for r in result.records)
+
+    output.write_bytes(b"".join(whole.splitlines(keepends=True)[:7]))
+    flags = ["--task=translate", f"--workdir={run / 'best'}", f"--output={output}"]
+    first, second = together(flags, cache, command="evaluate")
+    assert json.loads(first.splitlines()[-1]) == json.loads(json.dumps(report))
+    assert "scores" not in second and output.read_bytes() == whole
+    split = evaluate_task(str(run / "best"), "translate", ModelOptions(fsdp=2, tensor=2))[0]
+    assert split["scores"] == report["scores"]
+    with pytest.raises(UserError, match="--fsdp=3 x --tensor=1 does not divide the 8 device"):
+        evaluate_task(str(run / "best"), "translate", ModelOptions(fsdp=3))
+    for changes, said in (
+        ({"beams": 2}, "beams: 1 -> 2"),
+        ({"model": ModelOptions(dtype="bfloat16")}, "dtype: 'float32' -> 'bfloat16'"),
+        ({"sources": (str(source),)}, "predictions for other examples"),
+    ):
+        with pytest.raises(UserError, match=said):
+            evaluate_task(str(run / "best"), "translate", output=str(output), **changes)
+        assert output.read_bytes() == whole
 
 
 def test_processes_with_different_settings_do_not_train(flags, cache, tmp_path):

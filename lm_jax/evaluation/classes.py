@@ -31,8 +31,6 @@ def accuracy(predictions: Sequence[Label], references: Sequence[Sequence[Label]]
 
 def macro_f1(predictions: Sequence[Label], references: Sequence[Sequence[Label]]) -> Measure:
     """The mean F1 of the classes that are predicted or right somewhere in the sample."""
-    if any(len(several) != 1 for several in references):
-        raise UserError("macro_f1: each example needs one label, and some have several")
     labels = [several[0] for several in references]
     ids = {label: i for i, label in enumerate(dict.fromkeys([*labels, *predictions]))}
     ours_N, theirs_N = (np.array([ids[x] for x in xs]) for xs in (predictions, labels))
@@ -51,6 +49,15 @@ def macro_f1(predictions: Sequence[Label], references: Sequence[Sequence[Label]]
         return float(100 * np.mean(2 * right_C[either_C > 0] / either_C[either_C > 0]))
 
     return Measure(value, "average:macro|classes:present")
+
+
+def check_macro_f1(references: Sequence[Sequence[Label]]) -> None:
+    """
+    Raises:
+      UserError: an example has several labels.
+    """
+    if any(len(several) != 1 for several in references):
+        raise UserError("macro_f1: each example needs one label, and some have several")
 
 
 def confusion_table(

@@ -9,46 +9,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.data.encoding import text_to_classify
-from lm_jax.data.examples import Example
-from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
-from lm_jax.generation.reading import by_length, padded
+from lm_jax.generation.batching import batches
 from lm_jax.model.transformer import Transformer
-from lm_jax.sharding.mesh import activation_spec, reshard, shards
+from lm_jax.sharding.mesh import activation_spec, reshard
 
 
 def classify(
     model: Transformer,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
+    rows: Sequence[np.ndarray],
     *,
-    length: int,
     batch_size: int = 32,
     on_done: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """The probability of each class for each example's prompt, float32 [len(examples), C].
+    """The probability of each class for each text, float32 [len(rows), C].
 
     Inside `jax.set_mesh` the rows are shared out over it.
 
     Args:
-      length: tokens of a prompt that are read, at most the model's longest.
-      on_done: called with the number of examples done.
+      rows: the ids of texts, int32 [n] each, as `text_to_classify` gives them.
+      on_done: called with the number of texts done.
 
     Raises:
-      UserError: the model has no such head, or a prompt has no token or cannot be shortened.
+      UserError: the model has no such head, or a text has no token.
     """
     if model.config.head != "classify":
         raise UserError(f"model.head = '{model.config.head}': this model tells no classes apart")
-    longest = min(length, model.config.max_length)
-    rows = [text_to_classify(example, tokenizer, longest)[0] for example in examples]
     if empty := [i for i, row in enumerate(rows) if not len(row)]:
         raise UserError(f"text {empty[0] + 1} of {len(rows)} is empty: it has no token")
-    parts, done = shards("batch"), 0
-    B = -(-min(batch_size, max(len(rows), 1)) // parts) * parts
-    out = np.zeros((len(rows), model.config.labels), np.float32)
-    for chosen in by_length([len(row) for row in rows], B):
-        tokens_BT, lengths_B = padded([rows[i] for i in chosen], B, longest)
+    out, done = np.zeros((len(rows), model.config.labels), np.float32), 0
+    for chosen, tokens_BT, lengths_B in batches(rows, batch_size, model.config.max_length):
         out[chosen] = np.asarray(_probabilities(model, tokens_BT, lengths_B))[: len(chosen)]
         done += len(chosen)
         if on_done:

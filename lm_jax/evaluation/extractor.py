@@ -16,9 +16,9 @@ from lm_jax.data.examples import Example
 from lm_jax.data.spans import Window, windows
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
-from lm_jax.generation.reading import by_length, padded
+from lm_jax.generation.batching import batches
 from lm_jax.model.transformer import Transformer
-from lm_jax.sharding.mesh import activation_spec, reshard, shards
+from lm_jax.sharding.mesh import activation_spec, reshard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +86,14 @@ def extract(
     found: list[tuple[int, Window]] = []
     for i, example in enumerate(examples):
         found += [(i, window) for window in windows(example, tokenizer, data)]
-    B = -(-min(batch_size, max(len(found), 1)) // shards("batch")) * shards("batch")
     best: list[Answer | None] = [None] * len(examples)
     null = np.full(len(examples), np.inf)
     left = np.bincount([i for i, _ in found], minlength=len(examples))
-    for chosen in by_length([len(window.ids) for _, window in found], B):
-        rows = [found[n][1] for n in chosen]
-        tokens_BT, lengths_B = padded([row.ids for row in rows], B, longest)
+    rows = [window.ids for _, window in found]
+    for chosen, tokens_BT, lengths_B in batches(rows, batch_size, longest):
         types_BT = np.zeros_like(tokens_BT)
-        for row, types_T in zip(rows, types_BT, strict=False):
-            types_T[: len(row.ids)] = row.second
+        for n, types_T in zip(chosen, types_BT, strict=False):
+            types_T[: len(rows[n])] = found[n][1].second
         scores_BT2 = np.asarray(_scores(model, tokens_BT, types_BT, lengths_B))
         for n, scores_T2 in zip(chosen, scores_BT2, strict=False):
             i, window = found[n]

@@ -5,16 +5,24 @@ this file only where such a task is asked for.
 """
 
 import difflib
+import hashlib
+import json
 import logging
 import os
+import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from lm_jax.errors import UserError
+from lm_jax.evaluation.output import Record
+from lm_jax.generation.batching import portions
 from lm_jax.generation.decoding import Generator
 from lm_jax.generation.sampling import Sampling
 from lm_jax.generation.scoring import Scorer
+from lm_jax.progress import progress
 
 for _name in ("lm_eval", "datasets"):  # absl shows whatever is not told to be silent
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -29,39 +37,57 @@ except ImportError as e:
     ) from None
 
 _DEFAULT_TOKENS = 256  # to generate, where a task does not say; the harness's own number
+_BATCHES = 16  # that are answered before their answers are told; sorted by length among themselves
+_SHOTS_SEED = 1234  # draws the examples that stand before a question; the harness's own
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 class HarnessModel(LM):
     """Answers the harness's three kinds of requests, all that it has of a kind at once."""
 
-    def __init__(self, scorer: Scorer, on_done: Callable[[int], None] | None = None):
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        known: Iterable[Record] = (),
+        on_answer: Callable[[Record], None] | None = None,
+        show: bool = False,
+    ):
         """
         Args:
           scorer: of a causal model.
-          on_done: called with the number of requests done, of all kinds.
+          known: what `on_answer` was told before, of the same model.
+          on_answer: called with each answer as soon as it is there, fit for JSON; those that are
+            drawn at random are not among them.
+          show: how far it has come.
 
         Raises:
           UserError: the model is not causal.
         """
         super().__init__()
         self.scorer, self.generator = scorer, Generator(scorer.model, scorer.tokenizer)
-        self._on_done, self._done = on_done, 0
+        self._known = {record["request"]: record["answer"] for record in known}
+        self._on_answer, self._show = on_answer, show
         self.shortened = 0  # texts whose beginning did not fit into the model
 
     def loglikelihood(self, requests: Sequence[Instance], **_: Any) -> list[tuple[float, bool]]:
         """(log p, whether greedy) of each (context, continuation)."""
-        found = self.scorer.loglikelihood([r.args for r in requests], self._counter())
-        self._end(requests)
-        self.shortened += sum(f.cut > 0 for f in found)
-        return [(f.log_p, f.greedy) for f in found]
+
+        def answer(some: Sequence[Instance]) -> list[Any]:
+            found = self.scorer.loglikelihood([r.args for r in some])
+            return [[f.log_p, f.greedy, f.cut > 0] for f in found]
+
+        found = self._answered("loglikelihood", requests, answer)
+        self.shortened += sum(cut for _, _, cut in found)
+        return [(log_p, greedy) for log_p, greedy, _ in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], **_: Any) -> list[float]:
         """log p of each whole text."""
-        # Windows are counted there, and texts here.
-        found = self.scorer.loglikelihood_rolling([r.args[0] for r in requests])
-        self._end(requests)
-        return [f.log_p for f in found]
+
+        def answer(some: Sequence[Instance]) -> list[Any]:
+            return [f.log_p for f in self.scorer.loglikelihood_rolling([r.args[0] for r in some])]
+
+        return self._answered("loglikelihood_rolling", requests, answer)
 
     def generate_until(self, requests: Sequence[Instance], **_: Any) -> list[str]:
         """What follows each context, up to one of the strings that the task stops at."""
@@ -70,22 +96,55 @@ class HarnessModel(LM):
             groups.setdefault(_settings(request.args[1]), []).append(i)
         out = [""] * len(requests)
         for (stop, max_tokens, sampling), chosen in groups.items():
-            prompts = [self._fitting(requests[i].args[0], max_tokens) for i in chosen]
-            completions = self.generator.generate(
-                prompts,
-                max_tokens=max_tokens,
-                sampling=sampling,
-                stop=stop,
-                on_done=self._counter(),
-                batch_size=self.scorer.batch_size,
-            )
-            self._end(chosen)
-            for i, completion in zip(chosen, completions):
-                out[i] = completion.text
+
+            def answer(some: Sequence[Instance], settings=(stop, max_tokens, sampling)):
+                return self._generated(some, *settings)
+
+            of_group = [requests[i] for i in chosen]
+            # What is drawn depends on its place among the others: they stay together.
+            drawn = sampling.temperature > 0
+            found = answer(of_group) if drawn else self._answered("generate", of_group, answer)
+            self.shortened += sum(cut for _, cut in found)
+            for i, (text, _) in zip(chosen, found):
+                out[i] = text
         return out
 
-    def _fitting(self, prompt: str, max_tokens: int) -> str:
-        """The end of a prompt that leaves room for what is to be generated."""
+    def _generated(
+        self, requests: Sequence[Instance], stop: tuple[str, ...], max_tokens: int, how: Sampling
+    ) -> list[tuple[str, bool]]:
+        """The texts, and of which the prompt was shortened."""
+        prompts = [self._fitting(request.args[0], max_tokens) for request in requests]
+        completions = self.generator.generate(
+            [text for text, _ in prompts],
+            max_tokens=max_tokens,
+            sampling=how,
+            stop=stop,
+            batch_size=self.scorer.batch_size,
+        )
+        return [(c.text, cut) for c, (_, cut) in zip(completions, prompts)]
+
+    def _answered(
+        self,
+        kind: str,
+        requests: Sequence[Instance],
+        answer: Callable[[Sequence[Instance]], list[Any]],
+    ) -> list[Any]:
+        """What `answer` gives for each request; those that are known are not asked again."""
+        keys = [_key(kind, request) for request in requests]
+        waiting = [i for i, key in enumerate(keys) if key not in self._known]
+        done = len(keys) - len(waiting)
+        with progress("requests", len(keys), start=done, active=self._show) as count:
+            for some in portions(waiting, _BATCHES * self.scorer.batch_size):
+                for i, found in zip(some, answer([requests[i] for i in some]), strict=True):
+                    self._known[keys[i]] = found
+                    if self._on_answer:
+                        self._on_answer({"request": keys[i], "answer": found})
+                count(done := done + len(some))
+        return [self._known[key] for key in keys]
+
+    def _fitting(self, prompt: str, max_tokens: int) -> tuple[str, bool]:
+        """The end of a prompt that leaves room for what is to be generated, and whether that is
+        not all of it."""
         limit = self.scorer.model.config.max_length - max_tokens
         if limit < 1:
             raise UserError(
@@ -95,23 +154,18 @@ class HarnessModel(LM):
         tokenizer = self.scorer.tokenizer
         ids = tokenizer.encode_prompt(prompt)
         if len(ids) <= limit:
-            return prompt
-        self.shortened += 1
+            return prompt, False
         own = tokenizer.encode(prompt)
         kept = limit - (len(ids) - len(own))
         while len(ids) > limit:  # of text that was cut, there may be other tokens
             prompt, kept = tokenizer.decode(own[len(own) - kept :]), kept - 1
             ids = tokenizer.encode_prompt(prompt)
-        return prompt
+        return prompt, True
 
-    def _counter(self) -> Callable[[int], None] | None:
-        before, on_done = self._done, self._on_done
-        return None if on_done is None else lambda done: on_done(before + done)
 
-    def _end(self, requests: Sequence[Any]) -> None:
-        self._done += len(requests)
-        if self._on_done is not None:
-            self._on_done(self._done)
+def _key(kind: str, request: Instance) -> str:
+    """Tells requests from one another."""
+    return hashlib.sha256(json.dumps([kind, request.args], sort_keys=True).encode()).hexdigest()
 
 
 def _settings(given: dict[str, Any]) -> tuple[tuple[str, ...], int, Sampling]:
@@ -187,16 +241,37 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
+def set_shots(tasks: Any, shots: int | None) -> None:
+    """How many examples with their answers stand before each question; None: as the tasks say.
+
+    Raises:
+      UserError: a task says that it has none.
+    """
+    for name, task in tasks["tasks"].items():
+        stated = task.get_config("num_fewshot")
+        if shots and stated == 0:
+            raise UserError(
+                f"--shots={shots}: '{name}' is to be asked without examples (num_fewshot: 0): leave"
+                " --shots out, or evaluate it by itself"
+            )
+        task.set_config("num_fewshot", (stated or 0) if shots is None else shots)
+        task.set_fewshot_seed(_SHOTS_SEED)
+
+
 def run(
-    scorer: Scorer, tasks: Any, on_done: Callable[[int], None] | None = None
+    model: HarnessModel, tasks: Any, limit: int | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The harness's results for `load_tasks`' tasks, and its record of each example.
 
+    Args:
+      limit: the first so many examples of each task; None: all.
+
     Raises:
-      UserError: the model is not causal, or what a task asks of it is not supported.
+      UserError: what a task asks of the model is not supported.
     """
-    model = HarnessModel(scorer, on_done)
-    found = evaluate(model, tasks, bootstrap_iters=1000)
+    random.seed(0)  # tasks may draw; as the harness's own command does
+    np.random.seed(_SHOTS_SEED)
+    found = evaluate(model, tasks, limit=limit, bootstrap_iters=1000)
     names = ("results", "groups", "versions", "n-shot", "n-samples")
     result = {name: found[name] for name in names if name in found}
     if model.shortened:

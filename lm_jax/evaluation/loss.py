@@ -9,6 +9,10 @@ import numpy as np
 
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
+from lm_jax.evaluation.likelihoods import Likelihood
+from lm_jax.evaluation.metrics import score
+
+LEAST_BATCHES = 20  # of an interval; with fewer, it would be too narrow
 
 
 def evaluate_loss(
@@ -26,33 +30,42 @@ def evaluate_loss(
       loss: nats a token. perplexity: e^loss. accuracy: the share of tokens whose most probable
       candidate is right. bits_per_byte: the whole negative log-likelihood, ends
       of documents included, in bits over UTF-8 bytes of text; absent where the tokenizer cannot
-      tell bytes, and of masked tokens. tokens, bytes: what it was measured on.
+      tell bytes, and of masked tokens. tokens, bytes: what it was measured on. perplexity_low,
+      perplexity_high: what 95% of samples drawn anew from the same batches have, of `LEAST_BATCHES`
+      or more. (A batch is drawn as a whole since the parts of a long document, which stand near one
+      another, are alike: Künsch 1989.)
     """
     total = dict.fromkeys(("nll", "tokens", "right", "bytes"), 0.0)
-    pending = None
+    pending, parts = None, []
     for i, batch in enumerate(batches):
         sums = evaluate_batch(batch, i)
         if pending is not None:
-            _add(total, pending)  # read one batch late: the device does not wait
+            parts.append(_add(total, pending))  # one batch late: the device does not wait
         pending = sums
         if on_batch:
             on_batch(i + 1)
     if pending is not None:
-        _add(total, pending)
+        parts.append(_add(total, pending))
     loss = total["nll"] / total["tokens"] if total["tokens"] else math.nan
     out = {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "accuracy": total["right"] / total["tokens"] if total["tokens"] else math.nan,
     }
+    if len(parts) >= LEAST_BATCHES and all(part.tokens for part in parts):
+        interval = score(["perplexity"], (), (), likelihoods=parts)["perplexity"]
+        out |= {"perplexity_low": interval.low, "perplexity_high": interval.high}
     if total["bytes"]:
         out["bits_per_byte"] = total["nll"] / math.log(2) / total["bytes"]
     return out | {"tokens": int(total["tokens"]), "bytes": int(total["bytes"])}
 
 
-def _add(total: dict[str, float], sums: dict[str, jax.Array]) -> None:
-    for key, value in jax.device_get(sums).items():
-        total[key] += float(np.float64(value))
+def _add(total: dict[str, float], sums: dict[str, jax.Array]) -> Likelihood:
+    """Adds a batch's sums, and gives those of its likelihood."""
+    found = {key: float(np.float64(value)) for key, value in jax.device_get(sums).items()}
+    for key, value in found.items():
+        total[key] += value
+    return Likelihood(found["nll"], int(found["tokens"]))
 
 
 def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:

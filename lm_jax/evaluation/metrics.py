@@ -3,21 +3,24 @@
 scores = score(["bleu", "chrf"], predictions, references)
 print(table(scores))
 
-A score is the field's own, by its own library where there is one, from 0 to 100. Its interval is
-what 95% of samples drawn anew from the same examples score (percentile bootstrap: Efron 1979; for
-translation, Koehn 2004). N examples, R resamples.
+A score is the field's own, by its own library where there is one, from 0 to 100; of perplexity, the
+less, the better. Its interval is what 95% of samples drawn anew from the same examples score
+(percentile bootstrap: Efron 1979; for translation, Koehn 2004). N examples, R resamples.
 """
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
 from lm_jax.errors import UserError
 from lm_jax.evaluation import answers, classes, overlap
 from lm_jax.evaluation.classes import confusion, confusion_table, per_class
-from lm_jax.evaluation.measure import Label, Prepare
+from lm_jax.evaluation.likelihoods import Likelihood, perplexity
+from lm_jax.evaluation.measure import Label, Measure, Prepare
 
 __all__ = ["METRICS", "Metric", "Score", "confusion", "confusion_table", "per_class", "score",
            "table"]  # fmt: skip
@@ -29,27 +32,36 @@ RESAMPLES = 1000
 class Metric:
     """
     Attributes:
-      prepare: predictions and, for each, its references -> a function of the examples' weights.
-      text: whether it reads texts; others take labels, which may be numbers.
+      prepare: predictions and, for each, its references -> a function of the examples' weights; of
+        one that reads likelihoods, these alone.
+      reads: 'texts'; 'labels', which may be numbers; or 'likelihoods': of the right answers.
+      less: whether less is better.
+      check: raises a UserError where these references leave it nothing to score by.
     """
 
     name: str
-    prepare: Prepare
-    text: bool = True
+    prepare: Prepare | Callable[[Sequence[Likelihood]], Measure]
+    reads: Literal["texts", "labels", "likelihoods"] = "texts"
+    less: bool = False
+    check: Callable[[Sequence[Sequence[Label]]], None] | None = None
 
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("bleu", overlap.bleu),
+        Metric("bleu", overlap.bleu("13a")),
+        Metric("bleu_zh", overlap.bleu("zh")),
+        Metric("bleu_char", overlap.bleu("char")),
         Metric("chrf", overlap.chrf),
-        Metric("rouge1", overlap.rouge("rouge1")),
-        Metric("rouge2", overlap.rouge("rouge2")),
-        Metric("rougeL", overlap.rouge("rougeL")),
+        *(
+            Metric(kind, overlap.rouge(kind), check=functools.partial(overlap.check_rouge, kind))
+            for kind in ("rouge1", "rouge2", "rougeL")
+        ),
         Metric("exact_match", answers.exact_match),
         Metric("f1", answers.f1),
-        Metric("accuracy", classes.accuracy, text=False),
-        Metric("macro_f1", classes.macro_f1, text=False),
+        Metric("accuracy", classes.accuracy, "labels"),
+        Metric("macro_f1", classes.macro_f1, "labels", check=classes.check_macro_f1),
+        Metric("perplexity", perplexity, "likelihoods", less=True),
     )
 }
 
@@ -58,7 +70,7 @@ METRICS: dict[str, Metric] = {
 class Score:
     """
     Attributes:
-      value: of all examples, 0 to 100.
+      value: of all examples.
       low, high: the ends of its 95% interval.
       examples: how many.
       signature: how it was computed, to be printed with it.
@@ -78,14 +90,17 @@ def score(
     predictions: Sequence[Label],
     references: Sequence[Label | Sequence[Label]],
     *,
+    likelihoods: Sequence[Likelihood] | None = None,
     seed: int = 0,
 ) -> dict[str, Score]:
     """Scores predictions by each of the metrics.
 
     Args:
       names: keys of `METRICS`.
-      predictions: [N] texts or labels.
-      references: [N], for each prediction a list of what would be right, or one such thing.
+      predictions: [N] texts or labels; () where all metrics read likelihoods.
+      references: [N], for each prediction a list of what would be right, or one such thing; as
+        `predictions`.
+      likelihoods: [N], of each example, for metrics that read them.
       seed: draws the resamples; all metrics are computed of the same ones.
 
     Raises:
@@ -94,9 +109,21 @@ def score(
     """
     predictions = list(predictions)
     several = [[r] if isinstance(r, str | int | np.integer) else list(r) for r in references]
-    _check(names, predictions, several)
-    n = len(predictions)
-    measures = {name: METRICS[name].prepare(predictions, several) for name in names}
+    check_names(names)
+    of_likelihoods = [name for name in names if METRICS[name].reads == "likelihoods"]
+    sizes = {len(likelihoods or ())} if of_likelihoods else set()
+    if len(of_likelihoods) < len(names):
+        _check(names, predictions, several)
+        sizes |= {len(predictions)}
+    if sizes == {0} or len(sizes) > 1:
+        raise UserError(f"{', '.join(of_likelihoods)}: each example needs its likelihood")
+    (n,) = sizes
+    measures = {
+        name: METRICS[name].prepare(likelihoods)
+        if name in of_likelihoods
+        else METRICS[name].prepare(predictions, several)
+        for name in names
+    }
     values = {name: measure.of(np.ones(n)) for name, measure in measures.items()}
     draw = np.random.default_rng(seed)
     drawn_R: dict[str, list[float]] = {name: [] for name in measures}
@@ -116,6 +143,16 @@ def score(
     }
 
 
+def check_references(names: Sequence[str], references: Sequence[Sequence[Label]]) -> None:
+    """Checks, before anything is predicted, that the metrics can score by these references.
+
+    Raises:
+      UserError: one of them cannot, or there are none.
+    """
+    check_names(names)
+    _check(names, [several[0] for several in references], [list(r) for r in references])
+
+
 def check_names(names: Sequence[str]) -> None:
     """
     Raises:
@@ -131,14 +168,13 @@ def check_names(names: Sequence[str]) -> None:
 def _check(
     names: Sequence[str], predictions: Sequence[Label], references: list[list[Label]]
 ) -> None:
-    check_names(names)
     if len(predictions) != len(references):
         raise UserError(
             f"{len(predictions)} predictions, but references for {len(references)}: each"
             " prediction needs its own"
         )
     if not predictions:
-        raise UserError("there are no predictions to score")
+        raise UserError("there are no predictions to score: no example can be used")
     for i, several in enumerate(references):
         if not several:
             raise UserError(f"example {i + 1} of {len(references)} has no reference to score by")
@@ -146,9 +182,12 @@ def _check(
     kinds = {isinstance(x, str) for x in [*predictions, *(r for rs in references for r in rs)]}
     if len(kinds) > 1:
         raise UserError("some predictions or references are texts and some are numbers")
-    wrong = [name for name in names if METRICS[name].text and kinds != {True}]
+    wrong = [name for name in names if METRICS[name].reads == "texts" and kinds != {True}]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: predictions and references must be texts")
+    for name in names:
+        if check := METRICS[name].check:
+            check(references)
 
 
 def table(scores: dict[str, Score]) -> str:

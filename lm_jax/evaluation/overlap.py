@@ -3,8 +3,10 @@
 N examples, S sufficient statistics.
 """
 
+import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -14,13 +16,36 @@ import numpy as np
 from lm_jax.errors import UserError
 from lm_jax.evaluation.measure import Measure, Prepare, mean_of
 
+# Scripts whose words no spaces part, and Korean, whose words are long: Thai, Lao, Burmese, Khmer,
+# kana, Chinese characters, hangul.
+_WITHOUT_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+)
 
-def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Measure:
+
+def bleu(tokens: str) -> Prepare:
     """BLEU (Papineni et al. 2002) as sacrebleu has it (Post 2018): on texts as they are, which it
-    tokenizes itself. Of Chinese, Japanese and Korean its '13a' makes too few tokens: see chrF."""
-    import sacrebleu
+    tokenizes itself.
 
-    return _from_statistics(sacrebleu.BLEU(), predictions, references)
+    Args:
+      tokens: '13a', of European languages and the like; 'zh', of Chinese; 'char': each character is
+        one, for languages without spaces between words.
+    """
+
+    def prepare(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Measure:
+        import sacrebleu
+
+        found = _from_statistics(sacrebleu.BLEU(tokenize=tokens), predictions, references)
+        whole = sum(bool(_WITHOUT_SPACES.search(t)) for several in references for t in several)
+        if tokens != "13a" or not whole:
+            return found
+        return dataclasses.replace(
+            found,
+            notes=f"{whole} reference(s) are in a script whose words tok:13a does not part: use"
+            " bleu_zh for Chinese, and for others bleu_char or chrf",
+        )
+
+    return prepare
 
 
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Measure:
@@ -57,16 +82,7 @@ def rouge(kind: str) -> Prepare:
 
         split = _rouge_tokenizer()
         scorer = RougeScorer([kind], tokenizer=split)
-        unseen = sum(
-            any(c.isalnum() for c in text) and not split.tokenize(text)
-            for several in references
-            for text in several
-        )
-        if unseen and unseen == sum(any(c.isalnum() for c in t) for s in references for t in s):
-            raise UserError(
-                f"{kind} sees the letters a to z and digits alone, and no reference has any: use"
-                " chrf for this language"
-            )
+        unseen, _ = _unseen(references)
         values = [
             scorer.score_multi(several, prediction)[kind].fmeasure
             for prediction, several in zip(predictions, references)
@@ -80,6 +96,26 @@ def rouge(kind: str) -> Prepare:
         )
 
     return prepare
+
+
+def check_rouge(kind: str, references: Sequence[Sequence[str]]) -> None:
+    """
+    Raises:
+      UserError: it sees nothing of any reference.
+    """
+    unseen, all_of_them = _unseen(references)
+    if unseen and unseen == all_of_them:
+        raise UserError(
+            f"{kind} sees the letters a to z and digits alone, and no reference has any: use"
+            " chrf for this language"
+        )
+
+
+def _unseen(references: Sequence[Sequence[str]]) -> tuple[int, int]:
+    """Of how many references ROUGE sees nothing, and how many there are that have a word."""
+    split = _rouge_tokenizer()
+    words = [t for several in references for t in several if any(c.isalnum() for c in t)]
+    return sum(not split.tokenize(text) for text in words), len(words)
 
 
 @functools.cache

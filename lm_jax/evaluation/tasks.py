@@ -1,38 +1,82 @@
-"""Applications: what is asked of a model, how its answers are obtained, and how they are scored."""
+"""Applications: how answers to examples are obtained of a model, and how they are scored."""
 
 import dataclasses
-import json
-import os
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lm_jax import paths
+import numpy as np
+
 from lm_jax.applications import find
-from lm_jax.config import DataConfig, TaskConfig
-from lm_jax.data.encoding import prompt_within
+from lm_jax.config import OWN_HEADS, DataConfig, TaskConfig
+from lm_jax.data.encoding import encode_example, prompt_within, text_to_classify
 from lm_jax.data.examples import Example
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
-from lm_jax.evaluation.classes import confusion
+from lm_jax.evaluation import unanswerable
+from lm_jax.evaluation.classes import confusion, confusion_table
 from lm_jax.evaluation.classifier import classify
 from lm_jax.evaluation.extractor import extract
-from lm_jax.evaluation.metrics import Score, check_names, score
+from lm_jax.evaluation.likelihoods import Likelihood
+from lm_jax.evaluation.metrics import METRICS, Score, check_names, score
+from lm_jax.evaluation.output import Record
+from lm_jax.generation.batching import portions
 from lm_jax.generation.decoding import Generator
 from lm_jax.generation.sampling import Sampling
+from lm_jax.generation.scoring import Scorer
 from lm_jax.model.transformer import Transformer
 
 _GREEDY = Sampling(temperature=0.0)
+_BATCHES = 16  # that are answered before their records are told; sorted by length among themselves
+
+OnDone = Callable[[int], None]
 
 
-def metrics_of(task: TaskConfig) -> tuple[str, ...]:
+class Stopped(Exception):
+    """Whoever asked for answers does not want them any more."""
+
+
+def metrics_of(task: TaskConfig, objective: str) -> tuple[str, ...]:
     """The metrics of a task, the most telling one first.
 
     Raises:
-      UserError: there is no such task or metric.
+      UserError: there is no such task or metric, or the objective has none such.
     """
     names = task.metrics or find(task.name).metrics
     check_names(names)
+    if objective == "extract" and (wrong := [n for n in names if _reads_likelihoods(n)]):
+        raise UserError(
+            f"{wrong[0]}: an answer that is looked for in a text has no tokens of its own, and so"
+            " no likelihood: leave it out of the metrics"
+        )
     return names
+
+
+def _reads_likelihoods(name: str) -> bool:
+    return METRICS[name].reads == "likelihoods"
+
+
+def most_tokens(task: TaskConfig) -> int:
+    """Of an answer."""
+    return task.max_tokens or find(task.name).max_tokens
+
+
+def settings_of(data: DataConfig, task: TaskConfig) -> dict[str, Any]:
+    """What predictions depend on, beside the model and the examples; fit for JSON."""
+    out = {"task": task.name, "objective": data.objective}
+    out |= {"prompt": data.prompt, "target": data.target}
+    told = {_reads_likelihoods(name) for name in metrics_of(task, data.objective)}
+    out |= {"predictions": False in told, "likelihoods": True in told}
+    match data.objective:
+        case "classify":
+            return out | {"labels": list(data.labels), "length": data.length}
+        case "extract":
+            out |= {"context": data.context, "length": data.length, "stride": data.stride}
+            if data.unanswerable:
+                out["null_threshold"] = task.null_threshold
+            return out | {"max_tokens": most_tokens(task)}
+    out |= {"max_tokens": most_tokens(task), "beams": task.beams}
+    return out | ({"length_penalty": task.length_penalty} if task.beams > 1 else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +84,44 @@ class Result:
     """
     Attributes:
       records: for each example what was asked, what would be right, and the prediction.
-      confusion: of classes, a table for a person.
+      labels: of classes, their names.
     """
 
     scores: dict[str, Score]
-    records: list[dict[str, Any]]
-    confusion: str = ""
+    records: list[Record]
+    labels: tuple[str, ...] = ()
 
     def values(self) -> dict[str, float]:
         return {name: s.value for name, s in self.scores.items()}
+
+    def report(self) -> dict[str, Any]:
+        """All but the records, fit for JSON.
+
+        `shortened` are the examples that did not fit into the model as they are, and `unfinished`
+        the answers that were not at their end when there was no room for more.
+        """
+        out: dict[str, Any] = {"examples": len(self.records)}
+        for name, counts in (
+            ("shortened", lambda r: r.get("shortened")),
+            ("unfinished", lambda r: r.get("finish_reason") == "length"),
+        ):
+            if found := sum(map(bool, map(counts, self.records))):
+                out[name] = found
+        if self.scores.keys() & unanswerable.METRICS:
+            out |= unanswerable.report(self.records)
+        out["scores"] = {name: dataclasses.asdict(s) for name, s in self.scores.items()}
+        if self.labels:
+            table_CC = confusion_table(*self._classes(), self.labels)
+            out["confusion"] = {"labels": list(self.labels), "table": table_CC.tolist()}
+        return out
+
+    def confusion(self) -> str:
+        """Of classes, a table for a person; of others ''."""
+        return confusion(*self._classes(), self.labels) if self.labels else ""
+
+    def _classes(self) -> tuple[list[str], list[str]]:
+        """Those that were predicted, and the right ones."""
+        return [r["prediction"] for r in self.records], [r["references"][0] for r in self.records]
 
 
 def run_task(
@@ -59,50 +132,65 @@ def run_task(
     task: TaskConfig,
     *,
     batch_size: int = 8,
-    known: Sequence[dict[str, Any]] = (),
-    on_record: Callable[[dict[str, Any]], None] | None = None,
-    on_done: Callable[[int], None] | None = None,
+    known: Sequence[Record] = (),
+    on_record: Callable[[Record], None] | None = None,
+    on_done: OnDone | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Result:
     """Asks a model what the examples ask, and scores its answers.
 
-    Inside `jax.set_mesh` it works on that mesh.
+    Inside `jax.set_mesh` it works on that mesh. Of several processes, all of them call this with
+    the same arguments, and each gets all of the result.
 
     Args:
       known: records of examples that were answered before, by their `index`.
       on_record: called with each record as soon as it is there.
       on_done: called with the number of examples answered.
+      stop: asked as often as `on_done` is called: whether to leave the rest.
 
     Raises:
       UserError: there is no such task or metric, no example, or the model cannot do this.
+      Stopped: `stop` said so.
     """
-    names = metrics_of(task)
+    names = metrics_of(task, data.objective)
+    told = {_reads_likelihoods(name) for name in names}
     asked = [(i, e) for i, e in enumerate(examples) if e.targets]
-    if not asked:
-        raise UserError("there are no examples to evaluate")
     there = {r["index"]: r for r in known}
     waiting = [(i, e) for i, e in asked if i not in there]
-    answer = {"classify": _classes, "extract": _spans}.get(data.objective, _texts)
-    for first in range(0, len(waiting), 16 * batch_size):
-        some = waiting[first : first + 16 * batch_size]
-        before = len(asked) - len(waiting) + first
-        count = (lambda n, before=before: on_done(before + n)) if on_done else None
-        found = answer(model, tokenizer, [e for _, e in some], data, task, batch_size, count)
-        for (i, example), prediction in zip(some, found):
-            if prediction is not None:
-                there[i] = {"index": i} | _asked(example) | prediction
+    if data.objective in OWN_HEADS:
+        parts = [_classes if data.objective == "classify" else _spans]
+    else:
+        parts = [part for part, of in ((_texts, False), (_told, True)) if of in told]
+    done = len(asked) - len(waiting)
+
+    def count(n: int) -> None:
+        if on_done:
+            on_done(done + n)
+        if stop and stop():
+            raise Stopped
+
+    for some in portions(waiting, _BATCHES * batch_size):
+        asking = model, tokenizer, [e for _, e in some], data, task, batch_size
+        found = [part(*asking, count if part is parts[0] else None) for part in parts]
+        for (i, example), *answers in zip(some, *found, strict=True):
+            if None not in answers:
+                there[i] = {"index": i} | asked_by(example)
+                for answer in answers:
+                    there[i] |= answer
                 if on_record:
                     on_record(there[i])
+        done += len(some)
     records = [there[i] for i, _ in asked if i in there]
-    predictions = [r["prediction"] for r in records]
-    references = [[_plain(t) for t in r["references"]] for r in records]
-    scores = score(names, predictions, references)
-    table = ""
-    if data.objective == "classify":
-        table = confusion(predictions, [r[0] for r in references], data.labels)
-    return Result(scores, records, table)
+    if not records:
+        raise UserError("there are no examples to evaluate")
+    predictions = [r["prediction"] for r in records] if False in told else []
+    references = [[_plain(t) for t in r["references"]] for r in records] if predictions else []
+    likelihoods = [Likelihood(r["nll"], r["tokens"]) for r in records] if True in told else None
+    scores = score(names, predictions, references, likelihoods=likelihoods)
+    return Result(scores, records, data.labels if data.objective == "classify" else ())
 
 
-def _asked(example: Example) -> dict[str, Any]:
+def asked_by(example: Example) -> Record:
     """What a record of a prediction tells of its example."""
     context = {"context": example.context} if example.context else {}
     return {"prompt": example.prompt} | context | {"references": list(example.targets)}
@@ -112,82 +200,122 @@ def _plain(text: str) -> str:
     return text.strip()
 
 
-def _texts(model, tokenizer, examples, data, task, batch_size, on_done) -> list[dict[str, Any]]:
-    kind, limit = find(task.name), model.config.max_length
-    most = task.max_tokens or kind.max_tokens
+# What is told of some examples: for each a part of its record, None where it cannot be asked.
+
+
+def _texts(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    data: DataConfig,
+    task: TaskConfig,
+    batch_size: int,
+    on_done: OnDone,
+) -> list[Record | None]:
+    del data
+    limit, most = model.config.max_length, most_tokens(task)
     room = max(limit - most, limit // 2)  # an answer has what its prompt leaves
-    prompts = [prompt_within(example, tokenizer, room)[0] for example in examples]
+    encoded = _encoded(examples, lambda e: prompt_within(e, tokenizer, room))
+    prompts = [ids for ids, _ in encoded.values()]
+    common = {"max_tokens": most, "batch_size": batch_size, "on_done": on_done}
     generator = Generator(model, tokenizer)
-    if task.beams > 1:
+    if not prompts:
+        completions = []
+    elif task.beams > 1:
         completions = generator.beam_search(
-            prompts,
-            max_tokens=most,
-            beams=task.beams,
-            length_penalty=task.length_penalty,
-            batch_size=batch_size,
-            on_done=on_done,
+            prompts, beams=task.beams, length_penalty=task.length_penalty, **common
         )
     else:
-        completions = generator.generate(
-            prompts, max_tokens=most, sampling=_GREEDY, batch_size=batch_size, on_done=on_done
-        )
-    return [{"prediction": _plain(c.text), "finish_reason": c.finish_reason} for c in completions]
+        completions = generator.generate(prompts, sampling=_GREEDY, **common)
+    out: list[Record | None] = [None] * len(examples)
+    for (i, (_, cut)), c in zip(encoded.items(), completions, strict=True):
+        out[i] = {"prediction": _plain(c.text), "finish_reason": c.finish_reason}
+        out[i] |= {"shortened": True} if cut else {}
+    return out
 
 
-def _classes(model, tokenizer, examples, data, task, batch_size, on_done) -> list[dict[str, Any]]:
+def _told(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    data: DataConfig,
+    task: TaskConfig,
+    batch_size: int,
+    on_done: OnDone | None,
+) -> list[Record | None]:
+    """How probable the right answers are, each after what is asked, as they are learned."""
     del task
-    found = classify(
-        model,
-        tokenizer,
-        examples,
-        length=data.length,
-        batch_size=batch_size,
-        on_done=on_done,
-    )
-    return [
-        {
+    data = dataclasses.replace(data, turns="apart", length=model.config.max_length)
+    encoded = _encoded(examples, lambda e: encode_example(e, tokenizer, data))
+    rows = []
+    for pairs_P3, _ in encoded.values():
+        ids = np.append(pairs_P3[:, 0], pairs_P3[-1, 1])
+        rows.append((ids, 1 + int(pairs_P3[:, 2].argmax())))
+    found = Scorer(model, tokenizer, batch_size=batch_size).of_ids(rows, on_done)
+    out: list[Record | None] = [None] * len(examples)
+    for (i, (_, whole)), of_answer in zip(encoded.items(), found, strict=True):
+        out[i] = {"nll": -of_answer.log_p, "tokens": of_answer.tokens}
+        out[i] |= {} if whole else {"shortened": True}
+    return out
+
+
+def _classes(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    data: DataConfig,
+    task: TaskConfig,
+    batch_size: int,
+    on_done: OnDone,
+) -> list[Record | None]:
+    likely = any(map(_reads_likelihoods, metrics_of(task, data.objective)))
+    longest = min(data.length, model.config.max_length)
+    encoded = _encoded(examples, lambda e: text_to_classify(e, tokenizer, longest))
+    rows = [ids for ids, _ in encoded.values()]
+    found = classify(model, rows, batch_size=batch_size, on_done=on_done)
+    out: list[Record | None] = [None] * len(examples)
+    for (i, (_, whole)), p_C in zip(encoded.items(), found, strict=True):
+        out[i] = {
             "prediction": data.labels[int(p_C.argmax())],
             "probabilities": [round(float(p), 6) for p in p_C],
         }
-        for p_C in found
-    ]
+        if likely:
+            least = np.finfo(np.float32).tiny
+            out[i] |= {"nll": -math.log(max(p_C[examples[i].label], least)), "tokens": 1}
+        out[i] |= {} if whole else {"shortened": True}
+    return out
 
 
 def _spans(
-    model, tokenizer, examples, data, task, batch_size, on_done
-) -> list[dict[str, Any] | None]:
-    most = task.max_tokens or find(task.name).max_tokens
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    data: DataConfig,
+    task: TaskConfig,
+    batch_size: int,
+    on_done: OnDone,
+) -> list[Record | None]:
     found = extract(
         model,
         tokenizer,
         examples,
         data,
-        max_tokens=most,
+        max_tokens=most_tokens(task),
         batch_size=batch_size,
         on_done=on_done,
     )
     return [a and a.record(data.unanswerable, task.null_threshold) for a in found]
 
 
-def read_records(path: str, examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """What an evaluation that was stopped wrote to `path`; a line cut off in the middle is dropped.
-
-    Raises:
-      UserError: it is of other examples.
-    """
-    found: list[dict[str, Any]] = []
-    if not os.path.exists(path):
-        return found
-    for line in paths.read_text(path).splitlines():
+def _encoded(
+    examples: Sequence[Example], encode: Callable[[Example], tuple[np.ndarray, bool]]
+) -> dict[int, tuple[np.ndarray, bool]]:
+    """Place -> what `encode` gives; without those that it does not take, which are told as records
+    that cannot be read are."""
+    out = {}
+    for i, example in enumerate(examples):
         try:
-            record = json.loads(line)
-            asked = _asked(examples[record["index"]])
-            same = "prediction" in record and all(record[k] == v for k, v in asked.items())
-        except (ValueError, KeyError, TypeError, IndexError):
-            continue
-        if not same:
-            raise UserError(
-                f"--output: '{path}' holds predictions for other examples: name another file"
-            )
-        found.append(record)
-    return found
+            out[i] = encode(example)
+        except UserError as e:
+            example.bad(str(e))
+    return out

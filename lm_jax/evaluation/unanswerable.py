@@ -11,7 +11,7 @@ import numpy as np
 
 from lm_jax.evaluation.answers import exact_matches, word_f1s
 
-_METRICS = {"exact_match": exact_matches, "f1": word_f1s}
+METRICS = {"exact_match": exact_matches, "f1": word_f1s}
 
 
 def report(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def by_kind(
       predictions: '' where there is said to be no answer.
       references: all of them '' where there is none.
     """
-    each = {name: np.array(of(predictions, references)) for name, of in _METRICS.items()}
+    each = {name: np.array(of(predictions, references)) for name, of in METRICS.items()}
     has_answer_N = np.array([any(several) for several in references])
     return {
         kind: {"examples": int(of_N.sum())}
@@ -65,7 +65,7 @@ def best_thresholds(
     has_answer_N = np.array([any(several) for several in references])
     order_N = np.argsort(margins, kind="stable")
     out = {}
-    for name, of in _METRICS.items():
+    for name, of in METRICS.items():
         each_N = np.array(of(candidates, references))
         # Beginning with no answer to any, each question is answered in turn: those that have none
         # were right until then.

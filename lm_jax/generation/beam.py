@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.errors import UserError
-from lm_jax.generation.reading import SMALLEST_BUCKET, bucket, padded, read
+from lm_jax.generation.batching import SMALLEST_BUCKET, bucket, padded
+from lm_jax.generation.reading import read
 from lm_jax.generation.sampling import without_padding
 from lm_jax.model.cache import AXES, Cache
 from lm_jax.model.transformer import Transformer

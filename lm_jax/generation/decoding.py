@@ -18,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.errors import UserError
+from lm_jax.generation.batching import bucket, by_length, padded, rows_of
 from lm_jax.generation.beam import BeamSearch, search
-from lm_jax.generation.reading import bucket, by_length, check_ids, padded, read
+from lm_jax.generation.reading import check_ids, read
 from lm_jax.generation.sampling import Knobs, Sampling, next_tokens, row_keys
 from lm_jax.generation.text import TextStream
 from lm_jax.model.cache import Cache
 from lm_jax.model.head import HEADS_WITHOUT_WORDS
 from lm_jax.model.transformer import Transformer
-from lm_jax.sharding.mesh import activation_spec, reshard, shards
+from lm_jax.sharding.mesh import activation_spec, reshard
 
 DEFAULT = Sampling()
 
@@ -188,8 +189,7 @@ class Generator:
             self._row(i, prompt, len(prompts), max_tokens, stop) for i, prompt in enumerate(prompts)
         ]
         batches = by_length([len(row.ids) for row in rows], batch_size)
-        parts = shards("batch")
-        B = -(-min(batch_size, len(rows)) // parts) * parts  # the same for the last, smaller one
+        B = rows_of(len(rows), batch_size)  # the same for the last, smaller one
         return rows, [[rows[i] for i in batch] for batch in batches], B
 
     def _row(

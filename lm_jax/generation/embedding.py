@@ -13,11 +13,11 @@ import numpy as np
 
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
+from lm_jax.generation.batching import batches
 from lm_jax.model.transformer import Transformer
-from lm_jax.sharding.mesh import activation_spec, reshard, shards
+from lm_jax.sharding.mesh import activation_spec, reshard
 
 POOLINGS = ("mean", "first", "last")
-_SMALLEST_BUCKET = 16  # tokens; shorter rows would save next to nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,20 +75,13 @@ def embed(
         if not len(ids):
             raise UserError(f"text {i + 1} of {len(texts)} is empty: it has no token to embed")
         rows.append(ids)
-    parts = shards("batch")
-    B = -(-min(batch_size, max(len(rows), 1)) // parts) * parts
-    out = np.zeros((len(rows), model.config.width), np.float32)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    for first in range(0, len(order), B):
-        chosen = order[first : first + B]
-        length = min(max(_SMALLEST_BUCKET, 1 << (len(rows[chosen[0]]) - 1).bit_length()), limit)
-        tokens_BT, lengths_B = np.zeros((B, length), np.int32), np.ones(B, np.int32)
-        for r, i in enumerate(chosen):
-            tokens_BT[r, : len(rows[i])], lengths_B[r] = rows[i], len(rows[i])
+    out, done = np.zeros((len(rows), model.config.width), np.float32), 0
+    for chosen, tokens_BT, lengths_B in batches(rows, batch_size, limit):
         pooled = _pooled(model, tokens_BT, lengths_B, pooling.kind, pooling.normalize)
         out[chosen] = np.asarray(pooled)[: len(chosen)]
+        done += len(chosen)
         if on_batch:
-            on_batch(first + len(chosen))
+            on_batch(done)
     return out, cut
 
 

@@ -1,9 +1,7 @@
-"""Prompts on their way into a model: grouped by length, padded, read into a cache.
+"""Prompts on their way into a model: checked, and read into a cache.
 
 B rows, T prompt length, S cache slots, D width.
 """
-
-from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +13,6 @@ from lm_jax.errors import UserError
 from lm_jax.model.cache import Cache, init_cache, lengthen
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, reshard
-
-SMALLEST_BUCKET = 32  # tokens; shorter prompts and caches would save next to nothing
-
-
-def bucket(n: int) -> int:
-    """The power of two to compile for."""
-    return max(SMALLEST_BUCKET, 1 << (n - 1).bit_length())
-
-
-def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Places in `lengths`, longest first and `batch_size` at a time, so that little is padding."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for first in range(0, len(order), batch_size):
-        yield order[first : first + batch_size]
 
 
 def check_ids(ids: np.ndarray, config: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -45,22 +29,6 @@ def check_ids(ids: np.ndarray, config: ModelConfig, tokenizer: Tokenizer) -> Non
             f"{wrong[0]}{f' ({named})' if named else ''} is no token of this model: ids are from 0"
             f" to {size - 1}"
         )
-
-
-def padded(prompts: Sequence[np.ndarray], B: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts side by side in the first of `B` rows; the others are one token long.
-
-    Args:
-      limit: the longest row.
-
-    Returns:
-      int32 ids [B, T], padded on the right with zeros, and the lengths, int32 [B].
-    """
-    T = min(bucket(max(map(len, prompts))), limit)
-    tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.ones(B, np.int32)
-    for r, ids in enumerate(prompts):
-        lengths_B[r], tokens_BT[r, : len(ids)] = len(ids), ids
-    return tokens_BT, lengths_B
 
 
 def read(

@@ -13,11 +13,11 @@ import numpy as np
 
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
+from lm_jax.generation.batching import batches
 from lm_jax.model.head import HEADS_WITHOUT_WORDS
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, dividing, reshard, shards
 
-_SMALLEST_BUCKET = 16  # tokens; shorter rows would save next to nothing
 _LOGITS_A_DEVICE = 2**26  # float32 numbers at a time: 256 MiB
 
 OnBatch = Callable[[int], None]  # called with the number of rows done
@@ -96,10 +96,27 @@ class Scorer:
         rows = [self._pair(i, *pair) for i, pair in enumerate(pairs)]
         longest = self.model.config.max_length + 1
         kept = [(ids[-longest:], first - max(len(ids) - longest, 0)) for ids, first in rows]
-        found = self._score(kept, on_batch, prefix=True)
         return [
-            LogLikelihood(float(log_p.sum()), len(log_p), bool(best.all()), len(ids) - len(used))
-            for (log_p, best), (ids, _), (used, _) in zip(found, rows, kept)
+            found._replace(cut=len(ids) - len(used))
+            for found, (ids, _), (used, _) in zip(self.of_ids(kept, on_batch), rows, kept)
+        ]
+
+    def of_ids(
+        self, rows: Sequence[tuple[np.ndarray, int]], on_batch: OnBatch | None = None
+    ) -> list[LogLikelihood]:
+        """As `loglikelihood`, of ids.
+
+        Args:
+          rows: the ids of a context and its continuation, int32 [n], at most one more than the
+            model takes, and where the continuation begins, 0 < first < n.
+
+        Raises:
+          UserError: the model is not causal.
+        """
+        self._check_causal("of_ids")
+        return [
+            LogLikelihood(float(log_p.sum()), len(log_p), bool(best.all()))
+            for log_p, best in self._score(rows, on_batch, prefix=True)
         ]
 
     def _pair(self, i: int, context: str, continuation: str) -> tuple[np.ndarray, int]:
@@ -187,14 +204,14 @@ class Scorer:
         """
         out: list[Any] = [None] * len(rows)
         done = 0
-        for chosen, B, T in self._batches([len(ids) - 1 for ids, _ in rows]):
-            inputs_BT, targets_BT = np.zeros((2, B, T), np.int32)
-            lengths_B, prefixes_B = np.ones((2, B), np.int32)
+        inputs, limit = [ids[:-1] for ids, _ in rows], self.model.config.max_length
+        for chosen, inputs_BT, lengths_B in batches(inputs, self.batch_size, limit):
+            (B, T), targets_BT = inputs_BT.shape, np.zeros_like(inputs_BT)
+            prefixes_B = np.ones(B, np.int32)
             for r, i in enumerate(chosen):
                 ids, first = rows[i]
-                lengths_B[r] = n = len(ids) - 1
                 prefixes_B[r] = first if prefix else 1
-                inputs_BT[r, :n], targets_BT[r, :n] = ids[:-1], ids[1:]
+                targets_BT[r, : lengths_B[r]] = ids[1:]
             local = B // shards("batch") * self.model.config.vocab_size // shards("vocab")
             chunk = max(
                 c
@@ -250,16 +267,12 @@ class Scorer:
         flat = [(i, n, int(place)) for i, (_, places) in enumerate(rows)
                 for n, place in enumerate(places)]  # fmt: skip
         out = [np.zeros(len(places)) for _, places in rows]
-        done = 0
-        for chosen, B, T in self._batches([len(rows[i][0]) for i, _, _ in flat]):
-            tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.ones(B, np.int32)
-            places_B, targets_B = np.zeros((2, B), np.int32)
+        done, texts = 0, [rows[i][0] for i, _, _ in flat]
+        for chosen, tokens_BT, lengths_B in batches(texts, self.batch_size, limit):
+            places_B, targets_B = np.zeros((2, len(tokens_BT)), np.int32)
             for r, k in enumerate(chosen):
-                i, _, place = flat[k]
-                ids = rows[i][0]
-                tokens_BT[r, : len(ids)], lengths_B[r] = ids, len(ids)
-                tokens_BT[r, place] = self.tokenizer.mask_id
-                places_B[r], targets_B[r] = place, ids[place]
+                places_B[r] = place = flat[k][2]
+                targets_B[r], tokens_BT[r, place] = texts[k][place], self.tokenizer.mask_id
             log_p_B = jax.device_get(
                 _masked_log_p(self.model, tokens_BT, lengths_B, places_B, targets_B)
             )
@@ -270,16 +283,6 @@ class Scorer:
             if on_batch:
                 on_batch(done)
         return out
-
-    def _batches(self, lengths: Sequence[int]) -> Iterator[tuple[list[int], int, int]]:
-        """Which rows are scored together, longest first, and the shape that they are padded to."""
-        parts = shards("batch")
-        B = -(-self.batch_size // parts) * parts
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        for at in range(0, len(order), B):
-            chosen = order[at : at + B]
-            T = max(_SMALLEST_BUCKET, 1 << (lengths[chosen[0]] - 1).bit_length())
-            yield chosen, B, min(T, self.model.config.max_length)
 
 
 def _windows(ids: np.ndarray, limit: int) -> Iterator[tuple[np.ndarray, int]]:

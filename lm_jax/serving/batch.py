@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm_jax.generation.batching import bucket, padded
 from lm_jax.generation.decoding import Rows, advance, draw_tokens, scores
-from lm_jax.generation.reading import bucket, padded, read
+from lm_jax.generation.reading import read
 from lm_jax.generation.sampling import Sampling, knobs_of
 from lm_jax.model.cache import AXES, Cache, init_cache
 from lm_jax.model.transformer import Transformer

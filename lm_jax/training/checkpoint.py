@@ -102,7 +102,10 @@ class Checkpoints:
     def save_parameters(self, step: int, parameters: Parameters) -> None:
         """Saves a model to start from or to use, and nothing to go on with."""
         args = ocp.args.Composite(parameters=ocp.args.StandardSave(parameters))
-        self._manager.save(step, args=args)
+        self._manager.save(step, args=args, force=True)  # else none before the newest is saved
+
+    def delete(self, step: int) -> None:
+        self._manager.delete(step)
 
     def wait(self) -> None:
         self._manager.wait_until_finished()

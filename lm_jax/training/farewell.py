@@ -6,6 +6,7 @@ import shutil
 import sys
 
 from lm_jax.config import Config
+from lm_jax.training.answering import BEST
 
 
 def farewell(config: Config, workdir: str, step: int, caught: int) -> str:
@@ -14,16 +15,18 @@ def farewell(config: Config, workdir: str, step: int, caught: int) -> str:
       step: the last one that is done.
       caught: the number of the signal that ended the run, or 0.
     """
-    steps = config.training.steps
-    if caught and step < steps:
+    steps, done = config.training.steps, f"done: step {step} in {workdir}"
+    if caught:
         return f"stopped after step {step} of {steps}; the same command goes on"
     use, what = "generate", "generate from it"
     if config.model.head != "linear":
         use, what = "evaluate", "evaluate it"
     if config.task.name != "none":
         use, what = f"evaluate --task={config.task.name}", "evaluate it"
+        if config.task.keep_best:
+            workdir, what = os.path.join(workdir, BEST), "evaluate the best of it"
     command = f"{_python()} -m lm_jax.{use} --workdir={shlex.quote(workdir)}"
-    return f"done: step {step} in {workdir}\n{what}: {command}"
+    return f"{done}\n{what}: {command}"
 
 
 def _python() -> str:

@@ -26,8 +26,7 @@ from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
 from lm_jax.model import parameters as params_lib
-from lm_jax.model.attention import resolve_backend
-from lm_jax.model.flops import idle_parameters, peak_flops, training_flops_per_token
+from lm_jax.model.flops import peak_flops, training_flops_per_token
 from lm_jax.model.lora import base_config
 from lm_jax.sharding.mesh import batch_block, make_mesh, to_devices
 from lm_jax.training import together, trainable, weights
@@ -35,6 +34,7 @@ from lm_jax.training import workdir as workdir_lib
 from lm_jax.training.answering import Answering
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
 from lm_jax.training.farewell import farewell
+from lm_jax.training.greeting import greeting
 from lm_jax.training.masking import make_masking
 from lm_jax.training.metrics import Metrics, Stopwatch, speed
 from lm_jax.training.optimizer import check_rules
@@ -60,7 +60,7 @@ def train(config: Config, workdir: str, overridden: Collection[str] = ()) -> int
     config = weights.resolved(config, workdir, overridden)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    together.check_same(config)
+    together.check_same_config(config)
     workdir_lib.check(workdir, config)
     together.check_one_folder(workdir)
     with workdir_lib.locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
@@ -89,7 +89,7 @@ def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> int:
 
         if jax.process_index() == 0:
             settle(workdir)
-        if config.task.name != "none" and jax.process_count() == 1:
+        if config.task.name != "none":
             run.answering = Answering(config, workdir, tokenizer, settle)
         return run.go(state, start)
 
@@ -123,7 +123,7 @@ class _Run:
         self.flops_per_token = training_flops_per_token(
             config.model, config.data.length, config.data.predictions, frozen
         )
-        self.watch, self.saved_at, self.evaluated_at = Stopwatch(), -1, -1
+        self.watch, self.saved_at = Stopwatch(), -1
         self.tracing, self.finite, self.traces = False, True, contextlib.ExitStack()
         self.tokens = self.tokens_logged = 0.0  # real tokens dispatched, and those of logged steps
         self.start = self.logged_at = 0
@@ -134,7 +134,9 @@ class _Run:
         """From step `start` to the end; returns the signal that ended it, or 0."""
         config, logging = self.config.training, self.config.logging
         self.metrics = Metrics(self.workdir, self.config, start, active=jax.process_index() == 0)
-        self._introduce(state)
+        for line in greeting(self.config, self.mesh, self.tokenizer, state, self.step.rates):
+            self.metrics.say(line)
+        self.metrics.say(f"state: {self.origin}")
         if start >= config.steps:
             self.metrics.say(
                 f"step {start} of {config.steps} is done: nothing left to train; more steps go on"
@@ -142,10 +144,15 @@ class _Run:
             )
         elif start == 0:
             self._sample(state, 0)
+        # (kind, step) of what is there, and not to be done again.
+        measured = together.said_by_first(sorted(self.metrics.measured))
+        self.measured = {(kind, at) for kind, at in measured} | {("sample", start)}
         step = self.start = self.logged_at = start
         with StopSignal(self.mesh) as self.stop, jax.transfer_guard("disallow"):
             self.watch.lap()
             try:
+                if 0 < start < config.steps:
+                    self._at_intervals(state, start)  # what a kill left undone
                 while step < config.steps and not self.stop.noticed():
                     batch = self._next_batch()
                     if batch is None:
@@ -169,9 +176,11 @@ class _Run:
                 raise
             finally:
                 self._profile(None)
-            caught = self.stop.agreed()
-            if step > start or start == 0:
-                self._finish(state, step, caught)
+            if not (caught := self.stop.agreed()):
+                self._finish(state, step)
+                caught = self.stop.agreed()
+            else:
+                self._save(state, step)
         self.metrics.say(farewell(self.config, self.workdir, step, caught))
         self.metrics.close()
         return caught
@@ -191,7 +200,7 @@ class _Run:
 
     def restore_or_begin(self) -> tuple[TrainState, int]:
         """The state, from the first place that has one, and the step it stands at."""
-        newest = together.known_to_first(self.checkpoints.latest())
+        newest = together.said_by_first(self.checkpoints.latest())
         model, given = self.config.model, {}
         self.origin = f"starts afresh, seed {self.config.training.seed}"
         if model.lora.rank or (newest is None and self.config.init_from):
@@ -201,6 +210,7 @@ class _Run:
             if self.config.data.objective in OWN_HEADS and "head" not in given:
                 of = f" for {model.labels} classes" if model.labels else ""
                 self.origin += f", with a new head{of}"
+        self.saved_at = -1 if newest is None else newest
         if newest is None:
             return jax.jit(self.step.init_from, donate_argnums=0)(given), 0
         abstract = jax.eval_shape(self.step.init)
@@ -210,31 +220,6 @@ class _Run:
         if rendezvous.current:
             rendezvous.current.saved = newest
         return state, newest
-
-    def _introduce(self, state: TrainState) -> None:
-        config, mesh = self.config, self.mesh
-        count = sum(x.size for x in state.all_parameters.values())
-        learning = trainable.count(state.parameters, self.step.rates)
-        device = mesh.devices.flat[0]
-        axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1) or "no mesh"
-        say = self.metrics.say
-        idle = idle_parameters(config.model)
-        active = f" ({count - idle:,} of them for a token)" if idle else ""
-        say(
-            f"model: {count:,} parameters{active}, {config.model.dtype}, vocabulary"
-            f" {config.model.vocab_size:,} ({self.tokenizer.kind})"
-        )
-        if learning < count:
-            say(f"training: {learning:,} of {count:,} parameters ({count - learning:,} frozen)")
-        say(
-            f"devices: {mesh.size} x {device.device_kind} ({axes}),"
-            f" attention: {resolve_backend(config.model, config.data.length)}"
-        )
-        say(
-            f"batch: {config.data.batch_size} x {config.data.length} tokens"
-            f" in {config.training.accumulation} part(s), {config.data.packing} packing"
-        )
-        say(f"state: {self.origin}")
 
     def _next_batch(self) -> dict[str, jax.Array] | None:
         """The next global batch, on the devices; None when every process is at its end."""
@@ -260,26 +245,30 @@ class _Run:
     def _at_intervals(self, state: TrainState, step: int) -> None:
         """Evaluates, samples and saves where the step asks for it; the last step is `_finish`'s."""
         training = self.config.training
-        for action, every in (
-            (self._save, self.config.checkpoint.every),
-            (self._evaluate, training.evaluate_every),
-            (self._answer, self.config.task.every),
-            (self._sample, training.sample_every),
+        for kind, action, every in (
+            ("checkpoint", self._save, self.config.checkpoint.every),
+            ("validation", self._evaluate, training.evaluate_every),
+            ("task", self._answer, self.config.task.every),
+            ("sample", self._sample, training.sample_every),
         ):
-            if every and step % every == 0 and step != training.steps:
+            due = every and step % every == 0 and step != training.steps
+            if due and (kind, step) not in self.measured:
                 self._log_waiting()
                 with self.watch:
                     action(state, step)
 
-    def _finish(self, state: TrainState, step: int, caught: int) -> None:
-        """The last save comes first: a signal leaves little time."""
+    def _finish(self, state: TrainState, step: int) -> None:
+        """The last save comes first: a signal leaves little time. What a run that was stopped here
+        did not come to is done when it is started again."""
         self._save(state, step)
         self.checkpoints.wait()
-        if not caught:
-            if self.config.training.evaluate_every and self.evaluated_at != step:
-                self._evaluate(state, step)
-            self._answer(state, step)
-            self._sample(state, step)
+        for kind, action, wanted in (
+            ("validation", self._evaluate, self.config.training.evaluate_every),
+            ("task", self._answer, True),
+            ("sample", self._sample, True),
+        ):
+            if wanted and (kind, step) not in self.measured:
+                action(state, step)
 
     def _save(self, state: TrainState, step: int) -> None:
         if self.saved_at != step:
@@ -347,7 +336,7 @@ class _Run:
         )
         if self._stop_now():
             return  # a signal leaves no time for the rest, and a part is another measure
-        self.evaluated_at = step
+        self.measured.add(("validation", step))
         self.metrics.write("validation", step, values)
         parts = [f"validation loss {values['loss']:.4f}"]
         if self.config.data.objective in OWN_HEADS:
@@ -365,15 +354,26 @@ class _Run:
             return
         model = params_lib.bind(self.step.skeleton, state.all_parameters)
         with jax.transfer_guard("allow"):
-            values = self.answering.evaluate(model)
-            best = self.config.task.keep_best and self.answering.keep(step, state, values)
-        self.metrics.write("task", step, values)
-        said = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
-        self.metrics.say(f"step {step}: {said}" + (", the best so far" if best else ""))
+            result = self.answering.evaluate(model, step, self._stop_now)
+            if result is None:
+                return
+            best, note = False, ""
+            if self.config.task.keep_best:
+                best, note = self.answering.keep(step, state, result)
+        self.measured.add(("task", step))
+        self.metrics.write("task", step, result.values())
+        said = [
+            f"{name} {s.value:.2f} ({s.low:.2f} to {s.high:.2f})"
+            for name, s in result.scores.items()
+        ]
+        self.metrics.say(f"step {step}: {', '.join(said)}" + (", the best so far" if best else ""))
+        if note:
+            self.metrics.say(f"note: {note}")
 
     def _stop_now(self) -> bool:
-        """Whether to drop what can be done later; several processes would first have to agree."""
-        return self.stop.number > 0 and jax.process_count() == 1
+        """Whether to drop what can be done later; of several processes, each gets this answer when
+        it asks as often as the others."""
+        return self.stop.noticed() > 0
 
     def _sample(self, state: TrainState, step: int) -> None:
         training = self.config.training

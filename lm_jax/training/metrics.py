@@ -20,13 +20,17 @@ class Metrics:
         """
         Args:
           start: the step that the run goes on from; later lines of a killed run are dropped.
+
+        Attributes:
+          measured: (kind, step) of the lines that were there.
         """
+        self.measured: set[tuple[str, int]] = set()
         self._active, self._steps = active, config.training.steps
         self._bar = self._tensorboard = self._wandb = None
         if not active:
             return
         path = os.path.join(workdir, "metrics.jsonl")
-        _drop_after(path, start)
+        self.measured = _drop_after(path, start)
         self._file = paths.Log(path)
         self._events = contextlib.ExitStack()
         if config.logging.tensorboard:
@@ -51,7 +55,7 @@ class Metrics:
             )
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl; `kind` is 'train' or 'validation'."""
+        """One line of metrics.jsonl; `kind` is 'train', 'validation' or 'task'."""
         if not self._active:
             return
         self._file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
@@ -118,18 +122,22 @@ class Stopwatch:
         return seconds
 
 
-def _drop_after(path: str, step: int) -> None:
-    """Removes the lines of steps that will be run again, and a line cut off by a kill."""
+def _drop_after(path: str, step: int) -> set[tuple[str, int]]:
+    """Removes the lines of steps that will be run again, and a line cut off by a kill; (kind, step)
+    of the others."""
+    kept, there = [], set()
     if not paths.exists(path):
-        return
-    kept = []
+        return there
     for line in paths.read_text(path).splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= step:
                 kept.append(line)
+                there.add((record["kind"], record["step"]))
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
     paths.write_whole(path, "".join(kept))
+    return there
 
 
 def _start_wandb(workdir: str, config: Config):

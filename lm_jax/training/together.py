@@ -3,12 +3,14 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
 import secrets
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,21 +28,50 @@ _LONGEST_WAIT = 24 * 60 * 60 * 1000  # milliseconds; a process that dies ends th
 _SHOWN = 10.0  # seconds until a file that one process wrote is seen by all
 
 
-def check_same(config: Config) -> None:
-    """Processes with other settings would train other models into one, or wait for ever.
+def check_same_config(config: Config) -> None:
+    """As `check_same`."""
+    check_same(to_json(config), "with another config")
+
+
+def check_same(value: Any, what: str) -> None:
+    """Processes with other settings would compute other things together, or wait for ever.
+
+    Args:
+      value: what must be the same on all of them, fit for JSON.
+      what: 'with another ...' of a process where it is not, for the message.
 
     Raises:
-      UserError: they have not all been started with this config.
+      UserError: it is not.
     """
     if jax.process_count() == 1:
         return
-    digest = np.frombuffer(hashlib.sha256(to_json(config).encode()).digest()[:8], np.uint32)
+    text = json.dumps(value, sort_keys=True)
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint32)
     of_all = multihost_utils.process_allgather(digest)
     if wrong := [i for i, other in enumerate(of_all) if (other != of_all[0]).any()]:
         raise UserError(
-            f"process {wrong[0]} was started with another config than process 0: start all with the"
+            f"process {wrong[0]} was started {what} than process 0: start all with the"
             " same command, the number of the process aside"
         )
+
+
+def said_by_first(value: Any) -> Any:
+    """What process 0 gives, on all processes: of those, a disk may look otherwise to each.
+
+    Args:
+      value: fit for JSON; of the other processes it does not matter.
+    """
+    if jax.process_count() == 1:
+        return value
+    own = json.dumps(value).encode() if jax.process_index() == 0 else b""
+    return json.loads(_bytes_of_first(own))
+
+
+def _bytes_of_first(own: bytes) -> bytes:
+    mine = np.frombuffer(own, np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.array(mine.size)))
+    mine = mine if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8).tobytes()
 
 
 def check_one_folder(workdir: str) -> None:
@@ -90,14 +121,6 @@ def _holds(path: str, token: str) -> bool:
         time.sleep(0.1)
 
 
-def known_to_first(step: int | None) -> int | None:
-    """What process 0 says: another's listing of a network disk may be older."""
-    if jax.process_count() == 1:
-        return step
-    said = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
-    return None if said < 0 else said
-
-
 def made_once(make: Callable[[], Tokenizer]) -> Tokenizer:
     """The tokenizer that the first process makes: learning it twice might give two."""
     if jax.process_count() == 1:
@@ -110,13 +133,10 @@ def made_once(make: Callable[[], Tokenizer]) -> Tokenizer:
             tar.add(os.path.join(folder, "tokenizer"), "tokenizer")
     # Learning takes minutes, for which the devices' networks do not all wait.
     distributed.global_state.client.wait_at_barrier("lm_jax/tokenizer", _LONGEST_WAIT)
-    mine = np.frombuffer(packed.getvalue(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.array(mine.size)))
-    mine = mine if mine.size else np.zeros(size, np.uint8)
-    data = np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8)
+    data = _bytes_of_first(packed.getvalue())
     if jax.process_index() == 0:
         return tokenizer
     with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(fileobj=io.BytesIO(data.tobytes())) as tar:
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             tar.extractall(folder, filter="data")
         return load_tokenizer(os.path.join(folder, "tokenizer"))

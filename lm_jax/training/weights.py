@@ -237,6 +237,24 @@ def load_saved(source: Source, config: ModelConfig, mesh: Mesh) -> Parameters:
 
 
 @dataclasses.dataclass(frozen=True)
+class Described:
+    """All of a model that can be used but its weights; see `describe`."""
+
+    config: Config
+    tokenizer: Tokenizer
+    source: Source
+
+    def load(self, mesh: Mesh) -> "Loaded":
+        """
+        Raises:
+          UserError: the weights are damaged, or do not fit the mesh.
+        """
+        parameters = load_weights(self.source, self.config.model, mesh)
+        model = params_lib.bind(skeleton_of(self.config.model), parameters)
+        return Loaded(model, self.config, self.tokenizer, self.source)
+
+
+@dataclasses.dataclass(frozen=True)
 class Loaded:
     """A model that can be used, with what belongs to it."""
 
@@ -249,6 +267,11 @@ class Loaded:
 def load_for_inference(
     path: str, mesh: Mesh, step: int | None = None, dtype: str | None = None
 ) -> Loaded:
+    """As `describe`, with the weights on `mesh`."""
+    return describe(path, step, dtype).load(mesh)
+
+
+def describe(path: str, step: int | None = None, dtype: str | None = None) -> Described:
     """The model of a run, adapters merged, or a published one.
 
     Args:
@@ -266,9 +289,7 @@ def load_for_inference(
         config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config.model.dtype = dtype or config.model.dtype
     config.model.attention = "auto"  # whatever the platform that trained it had
-    parameters = load_weights(source, config.model, mesh)
-    model = params_lib.bind(skeleton_of(config.model), parameters)
-    return Loaded(model, config, tokenizer, source)
+    return Described(config, tokenizer, source)
 
 
 def settings_of(source: Source) -> tuple[Config, Tokenizer]:

@@ -5,6 +5,7 @@ base.json          whose the adapters are, of a run that trains adapters alone
 tokenizer/         as saved by the tokenizer
 checkpoints/STEP/  parameters, optimizer state, place in the data
 metrics.jsonl      a line for each logged step and each evaluation
+predictions/       of a run with a task, its answers at STEP, and their scores
 best/              a run of the checkpoint that the task's first metric found best, on request
 samples.txt        what the model wrote, and when
 tensorboard/       the same metrics as events

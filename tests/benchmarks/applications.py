@@ -5,7 +5,8 @@ scores agree?
     python tests/benchmarks/applications.py --model=DIR --task=answer --source=questions.json
 
 Needs torch and transformers (the `test` extra). Transformers makes its prompts with its own chat
-template and answers them one at a time, greedily. Prints a table and a JSON line.
+template and answers them one at a time, greedily. Prints a table and a JSON line; exits with 1 if
+more than one answer in twenty differs (near a tie, rounding decides).
 
 Seen on two CPU cores, SmolLM2-135M-Instruct as it is published:
 
@@ -19,6 +20,7 @@ Seen on two CPU cores, SmolLM2-135M-Instruct as it is published:
 import argparse
 import json
 import os
+import sys
 import time
 
 import jax
@@ -28,6 +30,7 @@ import transformers
 from lm_jax.applications import find
 from lm_jax.evaluation.metrics import score
 from lm_jax.evaluators.application import evaluate_task
+from lm_jax.evaluators.models import ModelOptions
 
 
 def reference(folder: str, prompts: list[str], max_tokens: int) -> list[str]:
@@ -52,7 +55,7 @@ def reference(folder: str, prompts: list[str], max_tokens: int) -> list[str]:
     return out
 
 
-def main() -> None:
+def main() -> int:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -68,9 +71,9 @@ def main() -> None:
     report, result = evaluate_task(
         given.model,
         given.task,
+        ModelOptions(dtype="float32"),
         sources=(given.source,),
         max_examples=given.examples,
-        dtype="float32",
         max_tokens=max_tokens,
     )
     seconds = time.perf_counter() - began
@@ -95,7 +98,8 @@ def main() -> None:
     for key, value in out.items():
         print(f"{key:<28} {value}")
     print(json.dumps(out))
+    return int(out["same_answers"] < 0.95 * len(ours))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,7 +3,8 @@
     python tests/benchmarks/fairness.py --model=DIR --source=crows_pairs_anonymized.csv
 
 Needs torch and transformers (the `test` extra). Transformers scores one sentence at a time, and of
-a masked model one masked token at a time. Prints a table and a JSON line.
+a masked model one masked token at a time. Prints a table and a JSON line; exits with 1 if a
+sentence's score differs by more than 0.01 nats.
 
 Seen on two CPU cores, of the first 200 pairs:
 
@@ -19,6 +20,7 @@ import itertools
 import json
 import os
 import pathlib
+import sys
 import tempfile
 from collections.abc import Callable
 
@@ -27,7 +29,7 @@ import torch
 import transformers
 
 from lm_jax.config import MeshConfig
-from lm_jax.evaluation.crows_pairs import crows_pairs
+from lm_jax.evaluation.crows_pairs import crows_pairs, read_pairs
 from lm_jax.generation.scoring import Scorer
 from lm_jax.sharding.mesh import make_mesh
 from lm_jax.training.weights import load_for_inference
@@ -71,7 +73,7 @@ def reference(folder: str, *, causal: bool) -> Callable[[str, str], tuple[float,
     return (lambda a, b: (of_text(a), of_text(b))) if causal else of_shared
 
 
-def main() -> None:
+def main() -> int:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -90,7 +92,9 @@ def main() -> None:
             writer = csv.DictWriter(f, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        ours = crows_pairs(Scorer(loaded.model, loaded.tokenizer, batch_size=16), str(part))
+        ours = crows_pairs(
+            Scorer(loaded.model, loaded.tokenizer, batch_size=16), read_pairs(str(part))
+        )
 
     score = reference(given.model, causal=loaded.model.config.causal)
     theirs = [score(row["sent_more"], row["sent_less"]) for row in rows]
@@ -110,7 +114,8 @@ def main() -> None:
     for key, value in result.items():
         print(f"{key:<24} {value}")
     print(json.dumps(result))
+    return int(result["largest_difference"] > 0.01)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

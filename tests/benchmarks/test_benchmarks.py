@@ -7,10 +7,14 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import types
 
 import commands
+import published_folders
 import pytest
 import random_llama
+import torch
+import transformers as hf
 
 from lm_jax.data.tokenizer_base import BytesTokenizer
 from lm_jax.interop.tokenizer_export import write_huggingface_tokenizer
@@ -46,6 +50,58 @@ def test_pretrained_memory(tmp_path):
             phase["beyond"] / max(1.5 * phase["shard"], phase["tensors"]), abs=1e-3
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory) -> pathlib.Path:
+    """The folder of a tiny published model that chats."""
+    folder = tmp_path_factory.mktemp("published") / "chatting"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}answer:"
+    files = {"chat_template.jinja": template}
+    published_folders.write(folder, published_folders.FAMILIES["smollm2"]() | files)
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(
+        vocab_size=1000, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, initializer_range=0.5,
+    ))  # fmt: skip
+    model.save_pretrained(folder)
+    return folder
+
+
+def run_here(name: str, monkeypatch, *flags: object) -> tuple[types.ModuleType, int]:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+    return module, module.main()
+
+
+def test_applications_agree_or_it_fails(chatting, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "dialogues.jsonl"
+    dialogues = [{"dialogue": f"A: {'hm ' * i}yes?", "summary": "ok"} for i in range(3)]
+    source.write_text("".join(json.dumps(d) + "\n" for d in dialogues))
+    flags = [f"--model={chatting}", "--task=summarize", f"--source={source}", "--max_tokens=5"]
+    module, code = run_here("applications", monkeypatch, *flags)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert code == 0 and result["same_answers"] == result["examples"] == 3
+    assert result["rougeL"] == result["rougeL_in_transformers"]
+    monkeypatch.setattr(module, "reference", lambda *_: ["another"] * 3)
+    assert module.main() == 1
+
+
+def test_fairness_agrees_or_it_fails(chatting, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "pairs.csv"
+    rows = ["Women drive badly.,Men drive badly.", "The old man forgot.,The young man forgot."]
+    source.write_text(
+        "sent_more,sent_less,stereo_antistereo,bias_type\n"
+        + "".join(f"{row},stereo,age\n" for row in rows)
+    )
+    module, code = run_here("fairness", monkeypatch, f"--model={chatting}", f"--source={source}")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert code == 0 and result["same_preference"] == result["pairs"] == 2
+    assert result["score"] == result["score_in_transformers"]
+    monkeypatch.setattr(module, "reference", lambda *_, **__: lambda a, b: (-1.0, -2.0))
+    assert module.main() == 1
 
 
 def test_plans_are_shown_as_a_table_and_not_compiled_again(tmp_path):

@@ -38,6 +38,19 @@ def test_each_batch_counts_once_and_is_announced():
     assert evaluate((2.0, 1, 1))["tokens"] == 1
 
 
+def test_an_interval_is_of_batches_and_narrows_with_them():
+    batches = [(float(2 + i % 3), 1, 1) for i in range(240)]
+    assert "perplexity_low" not in evaluate(*batches[:6])
+    few, many = evaluate(*batches[:30]), evaluate(*batches)
+    for got in (few, many):
+        assert got["perplexity_low"] < got["perplexity"] < got["perplexity_high"]
+    # The mean of n numbers, whose deviation is sqrt(2/3), plus or minus 1.96 of its own.
+    assert math.log(many["perplexity_high"]) == pytest.approx(
+        3 + 1.96 * (2 / 3 / 240) ** 0.5, abs=0.02
+    )
+    assert few["perplexity_high"] > many["perplexity_high"]
+
+
 def test_sums_do_not_lose_small_batches_to_float32():
     """2^24 + 1 is no float32: a million batches must not stop counting there."""
     assert evaluate((2.0**24, 2**24, 1), *[(1.0, 1, 1)] * 3)["tokens"] == 2**24 + 3

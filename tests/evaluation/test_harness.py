@@ -69,9 +69,10 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_tasks_score_as_a_direct_computation_does(folder):
-    scorer, counted = Scorer(build(MODEL), BytesTokenizer()), []
+    scorer, told = Scorer(build(MODEL), BytesTokenizer()), []
     tasks = harness.load_tasks([*KINDS], folder)
-    result, samples = harness.run(scorer, tasks, counted.append)
+    harness.set_shots(tasks, None)
+    result, samples = harness.run(harness.HarnessModel(scorer, on_answer=told.append), tasks)
 
     @quick_jit
     def scores(model, ids):
@@ -105,7 +106,25 @@ def test_tasks_score_as_a_direct_computation_does(folder):
     answers = [s["resps"][0][0] for s in samples if s["task"] == "answers"]
     assert answers == [c.text for c in follows]
     assert result["n-samples"]["choices"]["effective"] == 8 and "shortened" not in result
-    assert counted[-1] == 16 + 8 + 8 and counted == sorted(counted)
+    # Of what was told before, nothing is asked again, and the same is found.
+    assert len(told) == 16 + 8 + 8
+    told, more = json.loads(json.dumps(told)), []
+    model = harness.HarnessModel(scorer, known=told[5:], on_answer=more.append)
+    again, _ = harness.run(model, tasks)
+    assert [m["request"] for m in more] == [t["request"] for t in told[:5]]
+    for task, values in result["results"].items():
+        numbers = {key: v for key, v in values.items() if isinstance(v, float)}
+        found = again["results"][task]
+        assert {key: found[key] for key in numbers} == pytest.approx(numbers, rel=1e-5)
+    # The first three alone, after one that is solved.
+    with pytest.raises(UserError, match="'choices' is to be asked without examples"):
+        harness.set_shots(tasks, 1)
+    harness.set_shots(tasks := harness.load_tasks([*KINDS], folder), 1)
+    few, samples = harness.run(harness.HarnessModel(scorer), tasks, limit=3)
+    assert few["n-samples"]["choices"]["effective"] == 3 and few["n-shot"]["answers"] == 1
+    assert sum(s["task"] == "texts" for s in samples) == 3
+    solved = [s["arguments"][0][0] for s in samples if s["task"] == "answers"]
+    assert all(any(f"{d['question']} {d['choices'][0]}" in s for d in DOCUMENTS) for s in solved)
 
 
 def request(*args) -> Instance:

@@ -1,5 +1,6 @@
 """Scores by the field's own libraries and by hand-worked examples, with intervals that are true."""
 
+import math
 import random
 
 import numpy as np
@@ -8,6 +9,7 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from lm_jax.errors import UserError
+from lm_jax.evaluation.likelihoods import Likelihood
 from lm_jax.evaluation.metrics import METRICS, confusion, confusion_table, per_class, score, table
 
 SENTENCE = "the a cat dog sat on mat runs, fast! slowly; jumping Überraschung straße 3.14 don't"
@@ -60,6 +62,32 @@ def test_rouge_says_what_it_does_not_see():
         score(["rouge1"], ["猫"], ["猫です"])
     assert "1 reference(s)" in score(["rouge1"], ["猫", "cat"], ["猫です", "cat"])["rouge1"].notes
     assert not score(["rouge1"], ["-", "cat"], ["--", "cat"])["rouge1"].notes
+
+
+def test_bleu_of_languages_without_spaces_has_tokens_of_its_own():
+    signs = "".join(map(chr, range(0x4E00, 0x4E0A)))
+    predictions, references = [signs[:-1], "a cat sat"], [signs, "a cat sat"]
+    got = score(["bleu", "bleu_zh", "bleu_char"], predictions, references)
+    assert "1 reference(s)" in got["bleu"].notes and "bleu_zh" in got["bleu"].notes
+    for name, tokens in (("bleu", "13a"), ("bleu_zh", "zh"), ("bleu_char", "char")):
+        theirs = sacrebleu.BLEU(tokenize=tokens).corpus_score(predictions, [references])
+        assert got[name].value == theirs.score and f"tok:{tokens}" in got[name].signature
+    assert got["bleu_zh"].notes == "" and got["bleu_zh"].value > got["bleu"].value
+    assert score(["bleu"], ["un \u00e9t\u00e9"], ["un \u00e9t\u00e9"])["bleu"].notes == ""
+
+
+def test_perplexity_by_hand():
+    # 1 nat of one token and 9 of three: 10 of four.
+    likelihoods = [Likelihood(1.0, 1), Likelihood(9.0, 3)]
+    got = score(["perplexity"], (), (), likelihoods=likelihoods)["perplexity"]
+    assert got.value == pytest.approx(math.exp(2.5))
+    # Of two examples, either may be drawn twice.
+    assert (got.low, got.high) == pytest.approx((math.e, math.exp(3)))
+    both = score(["f1", "perplexity"], ["x", "y"], ["x", "z"], likelihoods=likelihoods)
+    assert both["f1"].value == 50 and both["perplexity"] == got
+    for wrong in (None, likelihoods[:1]):
+        with pytest.raises(UserError, match="perplexity: each example needs its likelihood"):
+            score(["f1", "perplexity"], ["a", "b"], ["a", "c"], likelihoods=wrong)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +145,7 @@ def test_a_table_of_confusions_by_hand():
 
 
 def test_intervals_hold_the_score_and_narrow_with_examples():
-    names = [*METRICS]
+    names = [name for name, metric in METRICS.items() if metric.reads != "likelihoods"]
     for name in set(names) - {"accuracy", "macro_f1"}:
         few, many = (score([name], *texts(n, 1))[name] for n in (20, 180))
         assert few.low < few.value < few.high and many.low < many.value < many.high

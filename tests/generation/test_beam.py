@@ -14,8 +14,8 @@ from tiny_generation import LetterTokenizer, on_mesh
 from lm_jax.config import MeshConfig
 from lm_jax.errors import UserError
 from lm_jax.generation import beam
+from lm_jax.generation.batching import by_length
 from lm_jax.generation.decoding import Generator
-from lm_jax.generation.reading import by_length
 from lm_jax.generation.sampling import Sampling
 from lm_jax.interop.export import save_pretrained
 from lm_jax.model.cache import init_cache

@@ -17,11 +17,13 @@ import transformers as hf
 from tiny_models import BERT, LLAMA, build, on_devices
 
 from lm_jax.config import Config, ModelConfig, RopeScaling
+from lm_jax.data.encoding import text_to_classify
 from lm_jax.data.examples import Example
 from lm_jax.data.tokenizer_base import BytesTokenizer, CharacterTokenizer
 from lm_jax.errors import UserError
 from lm_jax.evaluation.classifier import classify
 from lm_jax.evaluators.application import evaluate_task
+from lm_jax.evaluators.models import ModelOptions
 from lm_jax.interop import pretrained
 from lm_jax.interop.export import save_pretrained
 from lm_jax.model import parameters as params_lib
@@ -53,8 +55,8 @@ CASES = {
 COMPUTED = ("bert", "roberta", "gpt2", "llama", "gemma 2")  # of the others the tensors are compared
 
 
-def examples(texts):
-    return [Example(text, ()) for text in texts]
+def rows(texts, tokenizer, length):
+    return [text_to_classify(Example(text, ()), tokenizer, length)[0] for text in texts]
 
 
 def random_model(case: str, **config):
@@ -108,7 +110,7 @@ def test_a_classifier_comes_and_goes(case, tmp_path):
     if case in COMPUTED:
         model = params_lib.bind(skeleton_of(config), parameters)
         with jax.set_mesh(on_devices((1, 1, 1))), jax.default_matmul_precision("highest"):
-            got = classify(model, LETTERS, examples(ROWS), length=48)
+            got = classify(model, rows(ROWS, LETTERS, 48))
         want = probabilities(theirs, [LETTERS.encode(text) for text in ROWS])
         np.testing.assert_allclose(got, want, atol=1e-4)
         assert want.std(0).max() > 0.02  # the rows are told apart
@@ -222,16 +224,20 @@ def ours(path: pathlib.Path, texts: list[str]) -> np.ndarray:
     mesh = on_devices((1, 1, 1))
     loaded = load_for_inference(str(path), mesh, None, "float32")
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        return classify(loaded.model, loaded.tokenizer, examples(texts), length=48)
+        return classify(loaded.model, rows(texts, loaded.tokenizer, 48))
 
 
 @pytest.mark.parametrize("case", ["bert", "gpt2"])
 def test_a_published_classifier_is_evaluated_as_it_is(case, folders, reviews):
     folder = folders[case]
     report, result = evaluate_task(
-        str(folder), "sentiment", sources=(str(reviews),), max_examples=8, dtype="float32"
+        str(folder),
+        "sentiment",
+        ModelOptions(dtype="float32"),
+        sources=(str(reviews),),
+        max_examples=8,
     )
-    assert report["examples"] == 8 and all(name in result.confusion for name in NAMES)
+    assert report["examples"] == 8 and all(name in result.confusion() for name in NAMES)
     want = told(folder, [r["prompt"] for r in result.records])
     got = np.array([r["probabilities"] for r in result.records])
     np.testing.assert_allclose(got, want, atol=1e-4)
@@ -314,7 +320,7 @@ def test_a_causal_classifier_of_our_own_and_its_padding(tmp_path):
     family, missing = conversion.to_huggingface(loaded, str(tmp_path / "out"))
     assert (family, missing) == ("llama", None)
     with jax.set_mesh(on_devices((1, 1, 1))), jax.default_matmul_precision("highest"):
-        got = classify(loaded.model, loaded.tokenizer, examples(ROWS), length=32)
+        got = classify(loaded.model, rows(ROWS, loaded.tokenizer, 32))
     np.testing.assert_allclose(told(tmp_path / "out", ROWS), got, atol=1e-4)
     np.testing.assert_allclose(ours(tmp_path / "out", ROWS), got, atol=1e-5)
     # Where each id is that of a character, none can be padding: Transformers takes one row then.

@@ -1,0 +1,74 @@
+"""The model that is evaluated: which, on which devices, and how to know it again."""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lm_jax.config import MeshConfig
+from lm_jax.data.chat import chat_template_of
+from lm_jax.errors import UserError
+from lm_jax.sharding.mesh import make_mesh
+from lm_jax.training.weights import Described, describe, fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Of a model, which checkpoint, and how it is computed."""
+
+    step: int | None = None  # None: the newest
+    dtype: str | None = None  # see `lm_jax.training.weights.describe`
+    batch_size: int | None = None  # rows at a time; None: as the evaluation has it
+    fsdp: int = 1  # devices that share the parameters out
+    tensor: int = 1  # devices that each layer is split over; the batch goes over what is left
+
+    def __post_init__(self):
+        """
+        Raises:
+          UserError: a number is below 1.
+        """
+        for name in ("batch_size", "fsdp", "tensor"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name}: must be at least 1, not {value}")
+
+    def mesh(self) -> Mesh:
+        """All devices of the job.
+
+        Raises:
+          UserError: they cannot be shared out so.
+        """
+        parts, devices = self.fsdp * self.tensor, jax.device_count()
+        if devices % parts:
+            raise UserError(
+                f"--fsdp={self.fsdp} x --tensor={self.tensor} does not divide the {devices}"
+                " device(s) that there are"
+            )
+        return make_mesh(MeshConfig(fsdp=self.fsdp, tensor=self.tensor))
+
+    def describe(self, path: str) -> Described:
+        return describe(path, self.step, self.dtype)
+
+
+DEFAULT = ModelOptions()
+
+
+def prints() -> bool:
+    """Whether this process is the one of the job that prints and writes."""
+    return jax.process_index() == 0
+
+
+def identity(model: Described) -> dict[str, Any]:
+    """What a prediction depends on of the model, to be compared; fit for JSON."""
+    template = chat_template_of(model.tokenizer)
+    return {
+        "model": model.source.path,
+        "step": model.source.step,
+        "weights": fingerprint(model.source),
+        "dtype": model.config.model.dtype,
+        "tokenizer": model.tokenizer.fingerprint,
+        "stop_ids": sorted(model.tokenizer.stop_ids),
+        "chat_template": template and hashlib.sha256(template.text.encode()).hexdigest(),
+    }
