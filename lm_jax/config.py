@@ -195,8 +195,9 @@ class DataConfig:
     unanswerable: bool = False
     stride: int = 128  # extract: tokens that two windows of a long context share
     labels: tuple[str, ...] = ()  # classify: the names of the classes; label 0 is the first
-    # classify: the token whose state tells the class; None: the first, of a causal model the last.
-    label_token: str | None = field(default=None, metadata={"choices": (None, "first", "last")})
+    # classify: the hidden state that tells the class, the first token's, the last's, or the mean of
+    # all of them; None: the first, of a causal model the last.
+    pooling: str | None = field(default=None, metadata={"choices": (None, "first", "last", "mean")})
     mask_rate: float = 0.15  # masked: of the tokens; 80% of them masked, 10% random, 10% as is
     mask_whole_words: bool = False  # masked: all tokens of a word or none
     shuffle: bool = True

@@ -66,8 +66,8 @@ def example_checks(config: Config) -> Iterator[Check]:
         " learned: 'apart'",
     )
     yield (
-        classify or data.label_token is None,
-        "data.label_token",
+        classify or data.pooling is None,
+        "data.pooling",
         f"objective '{data.objective}' has no classes: leave it out",
     )
     if data.objective not in OF_EXAMPLES:
@@ -102,9 +102,9 @@ def example_checks(config: Config) -> Iterator[Check]:
             f"{model.labels} classes, but data.labels names {len(data.labels)}",
         )
         yield (
-            not model.causal or data.label_token == "last",
-            "data.label_token",
-            "of a causal model only the last token has seen the text: 'last'",
+            not model.causal or data.pooling != "first",
+            "data.pooling",
+            "of a causal model the first token has seen nothing of the text: 'last' or 'mean'",
         )
 
 

@@ -29,7 +29,7 @@ def _mistakes(config: Config) -> list[str]:
 def _derive(config: Config) -> None:
     data, training = config.data, config.training
     if data.objective == "classify":
-        data.label_token = data.label_token or ("last" if config.model.causal else "first")
+        data.pooling = data.pooling or ("last" if config.model.causal else "first")
         if config.model.head == "classify" and not config.model.labels:
             config.model.labels = len(data.labels)
     if data.objective == "chat":

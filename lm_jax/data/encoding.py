@@ -49,7 +49,7 @@ def encode_example(
             raise UserError("a text to classify is empty, and this tokenizer has no token for that")
         pairs_P3 = np.zeros((len(tokens), 3), np.int32)
         pairs_P3[:, 0] = tokens
-        pairs_P3[0 if config.label_token == "first" else -1, 1:] = example.label, 1
+        pairs_P3[-1 if config.pooling == "last" else 0, 1:] = example.label, 1
         return pairs_P3, whole
     target = _target_ids(example, tokenizer)
     room = max(length + 1 - len(target), (length + 1) // 2)

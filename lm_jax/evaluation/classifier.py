@@ -3,6 +3,7 @@
 B texts of a batch, T length, C classes, D width.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from lm_jax.errors import UserError
 from lm_jax.generation.batching import batches
+from lm_jax.model.pooling import pooled
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, reshard
 
@@ -19,6 +21,7 @@ def classify(
     model: Transformer,
     rows: Sequence[np.ndarray],
     *,
+    pooling: str,
     batch_size: int = 32,
     on_done: Callable[[int], None] | None = None,
 ) -> np.ndarray:
@@ -28,6 +31,7 @@ def classify(
 
     Args:
       rows: the ids of texts, int32 [n] each, as `text_to_classify` gives them.
+      pooling: as `DataConfig.pooling`, 'first', 'last' or 'mean'.
       on_done: called with the number of texts done.
 
     Raises:
@@ -39,20 +43,24 @@ def classify(
         raise UserError(f"text {empty[0] + 1} of {len(rows)} is empty: it has no token")
     out, done = np.zeros((len(rows), model.config.labels), np.float32), 0
     for chosen, tokens_BT, lengths_B in batches(rows, batch_size, model.config.max_length):
-        out[chosen] = np.asarray(_probabilities(model, tokens_BT, lengths_B))[: len(chosen)]
+        out[chosen] = np.asarray(_probabilities(model, tokens_BT, lengths_B, pooling))[
+            : len(chosen)
+        ]
         done += len(chosen)
         if on_done:
             on_done(done)
     return out
 
 
-@jax.jit
-def _probabilities(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="pooling")
+def _probabilities(
+    model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, pooling: str
+) -> jax.Array:
     tokens_BT = reshard(tokens_BT, activation_spec("batch", None))
     lengths_B1 = reshard(lengths_B, activation_spec("batch"))[:, None]
     place_1T = jnp.arange(tokens_BT.shape[1])[None]
-    x_BTD, _ = model(tokens_BT, segments_BT=(place_1T < lengths_B1).astype(jnp.int32))
-    told_BT = place_1T == (lengths_B1 - 1 if model.config.causal else 0 * lengths_B1)
-    x_BD = jnp.sum(jnp.where(told_BT[:, :, None], x_BTD, 0), axis=1)
+    segments_BT = (place_1T < lengths_B1).astype(jnp.int32)
+    x_BTD, _ = model(tokens_BT, segments_BT=segments_BT)
+    x_BD = pooled(x_BTD, lengths_B1, pooling).astype(x_BTD.dtype)
     scores_BC = model.logits(x_BD[:, None])[:, 0]
     return reshard(jax.nn.softmax(scores_BC, axis=-1), activation_spec(None, None))

@@ -272,7 +272,7 @@ def _classes(
     longest = min(data.length, model.config.max_length)
     encoded = _encoded(examples, lambda e: text_to_classify(e, tokenizer, longest))
     rows = [ids for ids, _ in encoded.values()]
-    found = classify(model, rows, batch_size=batch_size, on_done=on_done)
+    found = classify(model, rows, pooling=data.pooling, batch_size=batch_size, on_done=on_done)
     out: list[Record | None] = [None] * len(examples)
     for (i, (_, whole)), p_C in zip(encoded.items(), found, strict=True):
         out[i] = {

@@ -14,10 +14,9 @@ import numpy as np
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generation.batching import batches
+from lm_jax.model.pooling import POOLINGS, pooled
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, reshard
-
-POOLINGS = ("mean", "first", "last")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +76,8 @@ def embed(
         rows.append(ids)
     out, done = np.zeros((len(rows), model.config.width), np.float32), 0
     for chosen, tokens_BT, lengths_B in batches(rows, batch_size, limit):
-        pooled = _pooled(model, tokens_BT, lengths_B, pooling.kind, pooling.normalize)
-        out[chosen] = np.asarray(pooled)[: len(chosen)]
+        found = _vectors(model, tokens_BT, lengths_B, pooling.kind, pooling.normalize)
+        out[chosen] = np.asarray(found)[: len(chosen)]
         done += len(chosen)
         if on_batch:
             on_batch(done)
@@ -86,7 +85,7 @@ def embed(
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "normalize"))
-def _pooled(
+def _vectors(
     model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, kind: str, normalize: bool
 ) -> jax.Array:
     tokens_BT = reshard(tokens_BT, activation_spec("batch", None))
@@ -96,15 +95,7 @@ def _pooled(
     # A text is read as a prompt is: both ways, where the model does so.
     prefix_BT = segments_BT > 0 if model.config.prefix_attention else None
     x_BTD, _ = model(tokens_BT, segments_BT=segments_BT, prefix_BT=prefix_BT)
-    match kind:
-        case "mean":
-            weights_BT = segments_BT / lengths_B1
-        case "first":
-            weights_BT = (place_1T == 0) & (lengths_B1 > 0)
-        case "last":
-            weights_BT = place_1T == lengths_B1 - 1
-    weights_BT1 = weights_BT.astype(jnp.float32)[:, :, None]
-    y_BD = jnp.sum(jnp.where(weights_BT1 > 0, x_BTD.astype(jnp.float32) * weights_BT1, 0), axis=1)
+    y_BD = pooled(x_BTD, lengths_B1, kind)
     if normalize:
         length_B1 = jnp.sqrt(jnp.sum(jnp.square(y_BD), axis=-1, keepdims=True))
         y_BD = y_BD / jnp.maximum(length_B1, 1e-12)

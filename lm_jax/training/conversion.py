@@ -97,6 +97,11 @@ def _check_classifier(model: ModelConfig, data: DataConfig) -> None:
     Raises:
       UserError: it computes what no published classifier does.
     """
+    if data.pooling != (wanted := "last" if model.causal else "first"):
+        raise UserError(
+            f"published classifiers of this kind tell the class by the {wanted} token, and this one"
+            f" by data.pooling = '{data.pooling}': train it with '{wanted}'"
+        )
     if model.causal:
         return
     pooled = dataclasses.replace(model, pooler=True)
@@ -105,11 +110,6 @@ def _check_classifier(model: ModelConfig, data: DataConfig) -> None:
         raise UserError(
             "published classifiers of both directions have a dense layer and tanh before the"
             " classes, and this model has none: train it with model.pooler = True"
-        )
-    if data.label_token != "first":
-        raise UserError(
-            "published classifiers of both directions tell the class at the first token, and this"
-            f" one at the {data.label_token}: train it with data.label_token = 'first'"
         )
 
 

@@ -6,6 +6,7 @@ B batch, T length, S predicted positions of a row, D width.
 import jax
 import jax.numpy as jnp
 
+from lm_jax.model.pooling import document_means
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, dividing, reshard
 from lm_jax.training.cross_entropy import cross_entropy
@@ -19,6 +20,7 @@ def batch_loss(
     *,
     chunk: int | None = None,
     sparse: bool = False,
+    average: bool = False,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     dropout_key: jax.Array | None = None,
@@ -36,12 +38,15 @@ def batch_loss(
 
     Args:
       chunk, sparse, z_loss, label_smoothing: as of `lm_jax.training.cross_entropy`.
+      average: the head takes the mean of a document's hidden states in place of each of them.
     """
     x_BTD, router = _forward(model, batch, dropout_key)
     if model.config.head == "span":
         scores_BT2 = model.logits(x_BTD)
         sums = span_sums(scores_BT2, batch["targets"], batch["segments"], z_loss)
         return sums._replace(router=router)
+    if average:
+        x_BTD = document_means(x_BTD, batch["segments"])
     if "predicted" in batch:
         x_BTD = reshard(x_BTD, activation_spec("batch", None, "embed"))
         x_BTD = jnp.take_along_axis(x_BTD, batch["predicted"][:, :, None], axis=1)

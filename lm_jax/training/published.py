@@ -26,6 +26,7 @@ def data_of(path: str, model: ModelConfig, tokenizer: Tokenizer) -> DataConfig:
     data.length = min(data.length, model.max_length)
     if classes := pretrained.read_classes(path):
         data.objective, data.labels = "classify", classes.names
+        data.pooling = "last" if model.causal else "first"
         words = APPLICATIONS["sentiment"]
         data.prompt, data.target = words.prompt, words.target
         end = _end_of(tokenizer) if model.causal else None

@@ -54,6 +54,7 @@ class Step:
     router_z_loss: float
     chunk: int | None
     sparse: bool  # many positions of a row have no target
+    average: bool  # the head reads the mean of a text's hidden states
     masking: Masking | None = None  # None: the next token is predicted
 
     def init(self) -> TrainState:
@@ -92,6 +93,7 @@ class Step:
                 micro_batch,
                 chunk=self.chunk,
                 sparse=self.sparse,
+                average=self.average,
                 z_loss=self.z_loss,
                 label_smoothing=self.label_smoothing,
                 dropout_key=key,
@@ -183,7 +185,7 @@ class Step:
             batch = self.masking(batch, jax.random.fold_in(jax.random.key(0), index))
         if self.masking is not None or model.config.head in HEADS_WITHOUT_WORDS:
             byte_lengths = jnp.zeros_like(byte_lengths)
-        sums = batch_loss(model, batch, chunk=self.chunk, sparse=self.sparse)
+        sums = batch_loss(model, batch, chunk=self.chunk, sparse=self.sparse, average=self.average)
         counted = byte_lengths.at[batch["targets"]].get(out_sharding=activation_spec("batch", None))
         return {
             "nll": sums.nll,
@@ -226,5 +228,6 @@ def make_step(config: Config, masking: Masking | None = None) -> Step:
         router_z_loss=training.router_z_loss,
         chunk=training.loss_chunk,
         sparse=config.data.objective in ("complete", "chat"),
+        average=config.data.pooling == "mean",
         masking=masking,
     )

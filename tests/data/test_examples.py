@@ -154,7 +154,7 @@ def test_what_is_wrong_can_be_skipped(tmp_path):
 def test_labels_are_numbers_or_names(tmp_path):
     source = write(tmp_path, "a.csv", "text,label\na,1\nb,bad\n")
     config = complete(source, objective="classify", prompt="{text}", target="{label}",
-                      labels=("bad", "good"), label_token="first")  # fmt: skip
+                      labels=("bad", "good"), pooling="first")  # fmt: skip
     assert [(e.label, e.targets) for e in documents(config, "train")] == [
         (1, ("good",)),
         (0, ("bad",)),
@@ -183,7 +183,7 @@ def test_the_target_alone_counts_and_continues_what_is_generated_from():
 
 @pytest.mark.parametrize(("token", "place"), [("first", 0), ("last", -1)])
 def test_one_token_tells_the_class(token, place):
-    config = complete("", objective="classify", label_token=token, length=6)
+    config = complete("", objective="classify", pooling=token, length=6)
     for text, whole in (("abc", True), ("abcdefgh", False)):
         pairs_P3, got = encode_example(Example(text, ("good",), 3), TOKENIZER, config)
         assert got == whole

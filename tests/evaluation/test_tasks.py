@@ -22,7 +22,7 @@ EXAMPLES = [
     Example("a long prompt that leaves no room for more", ("kurz",)),
 ]
 COMPLETE = DataConfig(objective="complete")
-CLASSES = DataConfig(objective="classify", labels=("bad", "good"), length=32, label_token="first")
+CLASSES = DataConfig(objective="classify", labels=("bad", "good"), length=32, pooling="first")
 
 
 def run(model, examples=EXAMPLES, data=COMPLETE, **task):

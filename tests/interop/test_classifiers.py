@@ -95,6 +95,10 @@ def probabilities(model, rows: list[np.ndarray]) -> np.ndarray:
     return torch.cat(each).numpy()
 
 
+def told_by(config: ModelConfig) -> str:
+    return "last" if config.causal else "first"
+
+
 def load(folder: pathlib.Path):
     config = pretrained.read_model_config(str(folder))
     config = dataclasses.replace(config, dtype="float32")
@@ -110,7 +114,7 @@ def test_a_classifier_comes_and_goes(case, tmp_path):
     if case in COMPUTED:
         model = params_lib.bind(skeleton_of(config), parameters)
         with jax.set_mesh(on_devices((1, 1, 1))), jax.default_matmul_precision("highest"):
-            got = classify(model, rows(ROWS, LETTERS, 48))
+            got = classify(model, rows(ROWS, LETTERS, 48), pooling=told_by(config))
         want = probabilities(theirs, [LETTERS.encode(text) for text in ROWS])
         np.testing.assert_allclose(got, want, atol=1e-4)
         assert want.std(0).max() > 0.02  # the rows are told apart
@@ -223,8 +227,9 @@ def told(folder: pathlib.Path, texts: list[str]) -> np.ndarray:
 def ours(path: pathlib.Path, texts: list[str]) -> np.ndarray:
     mesh = on_devices((1, 1, 1))
     loaded = load_for_inference(str(path), mesh, None, "float32")
+    kind = loaded.config.data.pooling
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        return classify(loaded.model, rows(texts, loaded.tokenizer, 48))
+        return classify(loaded.model, rows(texts, loaded.tokenizer, 48), pooling=kind)
 
 
 @pytest.mark.parametrize("case", ["bert", "gpt2"])
@@ -274,7 +279,7 @@ def start_from(folder: pathlib.Path, reviews: pathlib.Path, labels=()) -> Config
 def test_fine_tuned_it_is_exported(case, labels, head, folders, reviews, tmp_path, capsys):
     config = weights.resolved(start_from(folders[case], reviews, labels), str(tmp_path / "run"))
     assert config.data.labels == (labels or NAMES)
-    assert config.data.label_token == ("last" if case == "gpt2" else "first")
+    assert config.data.pooling == ("last" if case == "gpt2" else "first")
     given = weights.load_start(weights.find(config.init_from), config.model, on_devices((1, 1, 1)))
     assert ("head" in given) == (head == "goes on") and "embedding" in given
 
@@ -306,7 +311,7 @@ def of_our_own(model: ModelConfig, tokenizer, **data) -> Loaded:
         model, head="classify", labels=3, tied_head=True, vocab_size=260, dtype="float32"
     )
     config = Config(model=model)
-    config.data.objective, config.data.labels, config.data.label_token = "classify", NAMES, "first"
+    config.data.objective, config.data.labels, config.data.pooling = "classify", NAMES, "first"
     for key, value in data.items():
         setattr(config.data, key, value)
     with jax.set_mesh(on_devices((1, 1, 1))):
@@ -316,11 +321,11 @@ def of_our_own(model: ModelConfig, tokenizer, **data) -> Loaded:
 def test_a_causal_classifier_of_our_own_and_its_padding(tmp_path):
     model = dataclasses.replace(LLAMA, qk_norm=False, rope_scaling=RopeScaling(), max_length=64)
     model = dataclasses.replace(model, init_std=0.3)
-    loaded = of_our_own(model, BytesTokenizer(), label_token="last")
+    loaded = of_our_own(model, BytesTokenizer(), pooling="last")
     family, missing = conversion.to_huggingface(loaded, str(tmp_path / "out"))
     assert (family, missing) == ("llama", None)
     with jax.set_mesh(on_devices((1, 1, 1))), jax.default_matmul_precision("highest"):
-        got = classify(loaded.model, rows(ROWS, loaded.tokenizer, 32))
+        got = classify(loaded.model, rows(ROWS, loaded.tokenizer, 32), pooling="last")
     np.testing.assert_allclose(told(tmp_path / "out", ROWS), got, atol=1e-4)
     np.testing.assert_allclose(ours(tmp_path / "out", ROWS), got, atol=1e-5)
     # Where each id is that of a character, none can be padding: Transformers takes one row then.
@@ -345,7 +350,8 @@ def test_padding_that_ends_each_text_is_refused(tmp_path, folders):
     "model, data, said",
     [
         ({"pooler": False}, {}, r"train it with model\.pooler = True"),
-        ({"pooler": True}, {"label_token": "last"}, r"data\.label_token = 'first'"),
+        ({"pooler": True}, {"pooling": "last"}, "'last': train it with 'first'"),
+        ({"pooler": True}, {"pooling": "mean"}, "'mean': train it with 'first'"),
         ({"pooler": False, "position": "rope"}, {}, "no family of published models has this shape"),
         ({"pooler": True, "family": "distilbert"}, {}, "distilbert has no model with head"),
     ],
