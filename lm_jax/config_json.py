@@ -7,6 +7,8 @@ from typing import Any
 from lm_jax.config import Config, fits, nearest_key
 from lm_jax.errors import UserError
 
+_RENAMED = {"data.label_token": "pooling"}  # as older runs have it -> as it is called now
+
 
 def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
@@ -31,6 +33,7 @@ def _from_dict(kind: type, values: Any, where: str, prefix: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(kind)}
     out = kind()
     for name, value in values.items():
+        name = _RENAMED.get(prefix + name, name)
         if name not in known:
             hint = nearest_key(prefix + name)
             raise UserError(

@@ -267,6 +267,14 @@ def test_every_key_is_nearest_to_itself(key):
     assert nearest_key(key) == key
 
 
+def test_a_key_that_has_another_name_by_now_is_read():
+    values = dataclasses.asdict(config())
+    values["data"]["label_token"] = values["data"].pop("pooling")
+    assert from_json(json.dumps(values)) == config()
+    values["data"]["label_token"] = "last"
+    assert from_json(json.dumps(values)).data.pooling == "last"
+
+
 def test_json_of_another_version_or_none_at_all():
     values = dataclasses.asdict(config())
     values["optimizer"]["learing_rate"] = 1.0
