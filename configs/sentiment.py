@@ -50,7 +50,8 @@ def get_config(variant: str = "scratch") -> Config:
         tokenizer=TokenizerConfig(
             kind="sentencepiece",
             vocab_size=vocabulary,
-            algorithm="unigram",  # Kudo 2018: more of its pieces are words
+            # Kudo 2018: more of its pieces are words.
+            algorithm="unigram" if variant == "scratch" else "bpe",
         ),
         data=DataConfig(
             objective="classify",
