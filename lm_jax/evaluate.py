@@ -71,7 +71,9 @@ _MAX_EXAMPLES = flags.DEFINE_integer(
 _SHOTS = flags.DEFINE_integer(
     "shots", None, "Of lm_eval: solved examples before each question; default: the task's.", 0
 )
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Of an answer; default: the task's.", 1)
+_MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", None, "Of an answer; default: the run's, or the task's.", 1
+)
 _METRICS = flags.DEFINE_list(
     "metrics", None, "Of an application, with commas, such as bleu,perplexity; default: the run's."
 )
@@ -89,7 +91,10 @@ _ON_ERROR = flags.DEFINE_enum(
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.")
 _DTYPE = cli.define_dtype_flag()
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Rows at a time; default: the run's, or 8; of scores of texts 32.", 1
+    "batch_size",
+    None,
+    "Rows at a time; default: the run's, or 8; of applications 16, of scores of texts 32.",
+    1,
 )
 _FSDP = flags.DEFINE_integer("fsdp", 1, "Devices to share the parameters out over.", 1)
 _TENSOR = flags.DEFINE_integer(

@@ -60,7 +60,8 @@ def _probabilities(
     lengths_B1 = reshard(lengths_B, activation_spec("batch"))[:, None]
     place_1T = jnp.arange(tokens_BT.shape[1])[None]
     segments_BT = (place_1T < lengths_B1).astype(jnp.int32)
-    x_BTD, _ = model(tokens_BT, segments_BT=segments_BT)
+    prefix_BT = segments_BT > 0 if model.config.prefix_attention else None
+    x_BTD, _ = model(tokens_BT, segments_BT=segments_BT, prefix_BT=prefix_BT)
     x_BD = pooled(x_BTD, lengths_B1, pooling).astype(x_BTD.dtype)
     scores_BC = model.logits(x_BD[:, None])[:, 0]
     return reshard(jax.nn.softmax(scores_BC, axis=-1), activation_spec(None, None))

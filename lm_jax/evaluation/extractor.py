@@ -136,5 +136,6 @@ def _scores(
     lengths_B1 = reshard(lengths_B, activation_spec("batch"))[:, None]
     segments_BT = (jnp.arange(tokens_BT.shape[1])[None] < lengths_B1).astype(jnp.int32)
     told = types_BT if model.config.token_types >= 2 else None
-    x_BTD, _ = model(tokens_BT, segments_BT=segments_BT, types_BT=told)
+    prefix_BT = segments_BT > 0 if model.config.prefix_attention else None
+    x_BTD, _ = model(tokens_BT, segments_BT=segments_BT, types_BT=told, prefix_BT=prefix_BT)
     return reshard(model.logits(x_BTD), activation_spec(None, None, None))

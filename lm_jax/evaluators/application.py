@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from lm_jax.applications import find
-from lm_jax.config import OF_EXAMPLES, DataConfig
+from lm_jax.config import OF_EXAMPLES, DataConfig, TaskConfig
 from lm_jax.data.chat import chat_template_of
 from lm_jax.data.examples import Example
 from lm_jax.data.sources import documents
@@ -54,7 +54,8 @@ def evaluate_task(
       output: a file for the predictions, see `lm_jax.evaluation.output`.
       max_examples: the first so many; None: all.
       on_error: as `DataConfig.on_error`; None: the run's.
-      task: fields of `TaskConfig` that differ from the run's; None: the run's.
+      task: fields of `TaskConfig` that differ from the run's, if that had this task, or the usual
+        ones; None: they do not.
 
     Returns:
       What there is to report, fit for JSON, and the result.
@@ -68,14 +69,17 @@ def evaluate_task(
     described = model.describe(path)
     config = described.config
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in task.items() if v is not None}
-    settings = dataclasses.replace(config.task, name=name, **given)
+    settings = config.task if config.task.name == name else TaskConfig()
+    settings = dataclasses.replace(settings, name=name, **given)
     templates = {"prompt": prompt, "target": target, "context": context}
     data = _data(config.data, name, described.tokenizer, templates)
+    if unanswerable is not None:
+        if unanswerable and data.objective == "classify":
+            raise UserError("--unanswerable: each text has a class: leave it out")
+        data.unanswerable = unanswerable
     for key, why in without_use(data, settings.beams).items():
         if key in given:
             raise UserError(f"--{key}: {why}: leave it out")
-    if unanswerable is not None:
-        data.unanswerable = unanswerable
     data.on_error = on_error or data.on_error
     if sources:
         data.validation_sources = tuple(sources)
@@ -145,6 +149,13 @@ def _data(
         raise UserError("--context: this model does not look for answers in texts: leave it out")
     given = {flag: text for flag, text in templates.items() if text is not None}
     data = dataclasses.replace(data, **given)
+    if data.objective == "chat" and not data.target:
+        fields = Template(data.prompt, "--prompt").fields
+        if not fields or data.prompt != "{" + fields[0] + "}":
+            raise UserError(
+                "--target: say what a right answer is made of, as in '{answer}'; without one,"
+                f" --prompt names the field of a conversation and nothing else, not {data.prompt!r}"
+            )
     free = {"chat": ("target", "context"), "extract": ()}.get(data.objective, ("context",))
     for flag in templates:
         if not Template(getattr(data, flag), f"--{flag}").fields and flag not in free:

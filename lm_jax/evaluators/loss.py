@@ -11,10 +11,11 @@ from lm_jax.config import LEAST_MASKED_LENGTH
 from lm_jax.data.held_out import validation_batches
 from lm_jax.errors import UserError
 from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
-from lm_jax.evaluators.models import DEFAULT, ModelOptions, prints
+from lm_jax.evaluators.models import DEFAULT, ModelOptions, identity, prints
 from lm_jax.model import parameters as params_lib
 from lm_jax.progress import progress
 from lm_jax.sharding.mesh import batch_block, batch_shards, to_devices
+from lm_jax.training import together
 from lm_jax.training.masking import make_masking
 from lm_jax.training.step import make_step
 
@@ -60,6 +61,8 @@ def evaluate_model(
     config.data.batch_size, config.training.accumulation = rows, 1
     config.training.loss_chunk = None
     config.optimizer.freeze = ()  # of adapters, it may be, that are merged now
+    about = identity(described) | {"data": dataclasses.asdict(config.data), "batches": max_batches}
+    together.check_same(about, "for another text or model, or otherwise")
     masking = make_masking(config.data, tokenizer, config.model.vocab_size)
     evaluate = jax.jit(make_step(config, masking).evaluate)
     index, parts = batch_block(mesh)

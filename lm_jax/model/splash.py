@@ -8,15 +8,6 @@ B batch, T query length, S key length, N query heads, K key/value heads, H head 
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    BlockSizes,
-    CausalMask,
-    FullMask,
-    LocalMask,
-    MultiHeadMask,
-    SegmentIds,
-    make_splash_mha,
-)
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -62,6 +53,7 @@ def splash_attention(
     if segments_BT is not None:
         segments_BT = reshard(segments_BT, activation_spec("batch", length))
         segments_BS = reshard(segments_BT, activation_spec("batch", None))
+    SegmentIds = _pallas().SegmentIds
     kernel = _kernel(N // shards("heads"), T, shards(length), causal, window, softcap, interpret)
     factor = H**-0.5 if scale is None else scale
     q_BTNH = (q_BTNH.astype(jnp.float32) * factor).astype(q_BTNH.dtype)
@@ -96,19 +88,27 @@ def splash_attention(
     return local(kernel, *inputs)
 
 
+def _pallas():
+    """jax's module: it takes a third of a second to import, which is for those who use it."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    return splash_attention
+
+
 def _kernel(heads: int, T: int, parts: int, causal: bool, window: int, softcap: float, interpret):
+    jax_splash = _pallas()
     if window:
-        mask = LocalMask((T, T), (window - 1, 0), 0, shard_count=parts)
+        mask = jax_splash.LocalMask((T, T), (window - 1, 0), 0, shard_count=parts)
     elif causal:
-        mask = CausalMask((T, T), shard_count=parts)
+        mask = jax_splash.CausalMask((T, T), shard_count=parts)
     else:
-        mask = FullMask((T // parts, T))
+        mask = jax_splash.FullMask((T // parts, T))
     queries, keys = _block(T // parts, _QUERIES), _block(T, _KEYS)
-    return make_splash_mha(
-        MultiHeadMask([mask] * heads),
+    return jax_splash.make_splash_mha(
+        jax_splash.MultiHeadMask([mask] * heads),
         head_shards=1,
         q_seq_shards=parts if causal else 1,
-        block_sizes=BlockSizes(
+        block_sizes=jax_splash.BlockSizes(
             block_q=queries,
             block_kv=keys,
             block_kv_compute=_block(keys, _QUERIES),

@@ -5,6 +5,7 @@ intervals. WORKDIR/best is a run of its own, of one checkpoint: `generate --mode
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -83,7 +84,8 @@ class Answering:
         return result
 
     def keep(self, step: int, state: TrainState, result: Result) -> tuple[bool, str]:
-        """Saves the model where it is the best so far: whether it is, and what there is to say.
+        """Saves the model where it is the best so far: whether it is, and what there is to say. A
+        score that is no number is never the best.
 
         The one before is removed when this one is there; what a kill left in between has no score.
         """
@@ -101,19 +103,28 @@ class Answering:
             if before and (changed := _differences(before, now)):
                 note = f"the best so far was found otherwise ({changed}), and is not compared with"
                 before = None
-            if before and not (before["step"] != step and _better(metric, now, before)):
-                return False, ""
-            if together.said_by_first(step in steps):
-                checkpoints.delete(step)
-            checkpoints.save_parameters(step, stored(state.all_parameters))
-            checkpoints.wait()
-            if self.first:
-                self.settle(self.folder)
-                paths.write_whole(os.path.join(self.folder, _SCORE), json.dumps(now) + "\n")
-            for other in together.said_by_first(checkpoints.steps()):
-                if other != step:
-                    checkpoints.delete(other)
-        return True, note
+            if (
+                before and before["step"] > step
+            ):  # since when a run went back to an older checkpoint
+                note = f"the best so far, of step {before['step']}, was of a run that is given up"
+                before = None
+            best = math.isfinite(now["value"]) and (
+                before is None or (before["step"] != step and _better(metric, now, before))
+            )
+            if best:
+                if together.said_by_first(step in steps):
+                    checkpoints.delete(step)
+                checkpoints.save_parameters(step, stored(state.all_parameters))
+                checkpoints.wait()
+                if self.first:
+                    self.settle(self.folder)
+                    paths.write_whole(os.path.join(self.folder, _SCORE), json.dumps(now) + "\n")
+            if best or before:  # a kill may have left others, which would be read as the newest
+                kept = step if best else before["step"]
+                for other in together.said_by_first(checkpoints.steps()):
+                    if other != kept:
+                        checkpoints.delete(other)
+        return best, note
 
     def _score(self, steps: list[int]) -> dict[str, Any] | None:
         """What is said of the best checkpoint so far; None where there is none of these steps."""

@@ -6,6 +6,7 @@ B batch, T length, S predicted positions of a row, D width.
 import jax
 import jax.numpy as jnp
 
+from lm_jax.model.head import HEADS_WITHOUT_WORDS
 from lm_jax.model.pooling import document_means
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, dividing, reshard
@@ -86,5 +87,7 @@ def _prefix(model: Transformer, batch: dict[str, jax.Array]) -> jax.Array | None
     """Which inputs are given and no target that counts: bool [B, T]."""
     if not model.config.prefix_attention or "prefix" in batch:
         return batch.get("prefix")
+    if model.config.head in HEADS_WITHOUT_WORDS:  # the whole text is given
+        return batch["segments"] > 0
     counts_BT = jnp.pad(batch["weights"][:, :-1] > 0, ((0, 0), (1, 0)))  # as a target before
     return (batch["positions"] == 0) | ~counts_BT

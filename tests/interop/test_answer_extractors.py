@@ -1,5 +1,6 @@
 """Models that find answers, from Transformers and back: the same answers to the same questions."""
 
+import functools
 import json
 import pathlib
 
@@ -14,6 +15,7 @@ from tiny_models import on_devices
 
 from lm_jax.config import Config
 from lm_jax.data.examples import Example
+from lm_jax.errors import UserError
 from lm_jax.evaluation.extractor import extract
 from lm_jax.evaluators.application import evaluate_task
 from lm_jax.training import conversion
@@ -137,6 +139,21 @@ def test_fine_tuned_it_is_exported(folder, tmp_path):
     same(theirs(tmp_path / "out", most=6), want)
     report, result = evaluate_task(str(tmp_path / "out"), "answer", sources=(str(path),))
     assert set(report["scores"]) == {"f1", "exact_match"} and len(result.records) == 24
+
+
+def test_a_threshold_needs_questions_without_an_answer(folder, tmp_path):
+    path = tmp_path / "asked.jsonl"
+    path.write_text(
+        json.dumps({"question": "who?", "context": "a dog", "answers": []}) + "\n"
+        + json.dumps({"question": "who?", "context": "a dog", "answers": ["dog"]}) + "\n"
+    )  # fmt: skip
+    ask = functools.partial(evaluate_task, str(folder), "answer", sources=[str(path)])
+    report, result = ask(unanswerable=True, null_threshold=1e9)
+    assert report["examples"] == 2 and all(r["prediction"] for r in result.records)
+    _, result = ask(unanswerable=True, null_threshold=-1e9)
+    assert not any(r["prediction"] for r in result.records)
+    with pytest.raises(UserError, match=r"--null_threshold: .*leave it out"):
+        ask(null_threshold=1.0)
 
 
 def _recipe(folder: str, source: str):

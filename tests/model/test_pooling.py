@@ -13,6 +13,7 @@ from lm_jax.model.pooling import POOLINGS, document_means, pooled
 from lm_jax.training.loss import batch_loss
 
 OF_BOTH_DIRECTIONS = dataclasses.replace(BERT, head="classify", tied_head=True, labels=3)
+PREFIX = dataclasses.replace(GPT2, head="classify", tied_head=True, labels=3, prefix_attention=True)
 CAUSAL = dataclasses.replace(GPT2, head="classify", tied_head=True, labels=3)
 SIZES, T = [[5, 9], [16], [3, 4, 6], [11]], 16  # texts of each row
 
@@ -58,8 +59,9 @@ def test_the_mean_of_each_document():
 
 @pytest.mark.parametrize(
     ("config", "pooling"),
-    [(OF_BOTH_DIRECTIONS, kind) for kind in POOLINGS] + [(CAUSAL, "last"), (CAUSAL, "mean")],
-    ids=lambda x: x if isinstance(x, str) else ("causal" if x.causal else "both directions"),
+    [(OF_BOTH_DIRECTIONS, kind) for kind in POOLINGS]
+    + [(c, kind) for c in (CAUSAL, PREFIX) for kind in ("last", "mean")],
+    ids=lambda x: x if isinstance(x, str) else f"causal={x.causal},prefix={x.prefix_attention}",
 )
 def test_a_text_in_a_batch_is_told_as_it_is_alone(config, pooling):
     batch, texts, labels = packed(pooling)
@@ -73,6 +75,9 @@ def test_a_text_in_a_batch_is_told_as_it_is_alone(config, pooling):
     assert sums.weight == len(texts)
     assert sums.right == sum(int(p.argmax()) == label for p, label in zip(alone, labels))
     others = [classify(model, texts, pooling=kind) for kind in POOLINGS if kind != pooling]
+    if config is PREFIX:  # read both ways, and not by its words' order alone
+        causal = build(dataclasses.replace(config, prefix_attention=False))
+        others.append(classify(causal, texts, pooling=pooling))
     assert all(np.abs(alone - other).max() > 1e-2 for other in others)
 
 

@@ -1,6 +1,7 @@
 """The best model of a run is kept whatever happens, and compared with its like alone."""
 
 import json
+import math
 import os
 
 import jax.numpy as jnp
@@ -76,6 +77,7 @@ def test_a_kill_at_any_time_leaves_the_best_so_far(killed, answering, tmp_path, 
     task = answering()
     assert keep(task, 4, 7.0)[0] == (killed != "delete")  # the run goes on from before
     assert best(tmp_path) == (4, 7.0)
+    assert not keep(task, 5, 6.0)[0] and kept(tmp_path) == [4]  # and nothing that a kill left
     assert keep(task, 6, 8.0)[0] and kept(tmp_path) == [6]
 
 
@@ -88,6 +90,19 @@ def test_scores_are_compared_with_their_like(answering, tmp_path):
     best_now, note = keep(answering(beams=4, metrics=("chrf",)), 6, 2.0)
     assert best_now and "metric 'bleu', now 'chrf'" in note and best(tmp_path) == (6, 2.0)
     assert keep(answering(beams=4, metrics=("chrf",)), 8, 1.0) == (False, "")
+
+
+def test_a_run_that_went_back_is_not_compared_with_what_it_gave_up(answering, tmp_path):
+    keep(answering(), 8, 50.0)
+    best_now, note = keep(answering(), 4, 3.0)
+    assert best_now and "of step 8" in note and kept(tmp_path) == [4]
+
+
+def test_a_score_that_is_no_number_is_never_the_best(answering, tmp_path):
+    task = answering()
+    assert keep(task, 2, math.nan) == (False, "")
+    assert keep(task, 4, 3.0)[0] and not keep(task, 6, math.nan)[0]
+    assert best(tmp_path) == (4, 3.0) and kept(tmp_path) == [4]
 
 
 def test_less_perplexity_is_better(answering, tmp_path):
