@@ -18,7 +18,7 @@ import numpy as np
 
 from lm_jax import paths
 from lm_jax.errors import UserError
-from lm_jax.generation.batching import portions
+from lm_jax.generation.batching import GENERATED, READ, portions
 from lm_jax.generation.scoring import Scorer
 
 DIRECTIONS = ("stereo", "antistereo")
@@ -28,7 +28,6 @@ _METHODS = {  # of causal models, and of masked ones
     True: "log-likelihood of the whole sentence",
     False: "pseudo-log-likelihood of the tokens that both sentences have",
 }
-_BATCHES = 16  # that are scored before their scores are told; sorted by length among themselves
 _Z = statistics.NormalDist().inv_cdf(0.975)
 
 
@@ -213,8 +212,8 @@ def crows_pairs(
     Args:
       pairs: see `read_pairs`.
       known: of pairs that were scored before, of the same model.
-      on_score: called with each score as soon as it is there.
-      on_done: called with the number of pairs done.
+      on_score: called with each score when its portion is done (`portions`).
+      on_done: called with the number of pairs done, of which two sentences count as one.
 
     Raises:
       UserError: a sentence does not fit into the model.
@@ -222,32 +221,40 @@ def crows_pairs(
     causal = scorer.model.config.causal
     there = {score.pair.line: score for score in known}
     waiting = [pair for pair in pairs if pair.line not in there]
-    for some in portions(waiting, _BATCHES * scorer.batch_size):
-        for score in (_whole if causal else _shared)(scorer, some):
+    # Of a masked model, each token of a sentence is a row.
+    for some in portions(waiting, scorer.batch_size, READ if causal else GENERATED):
+
+        def count(sentences: int, before: int = len(there)) -> None:
+            if on_done:
+                on_done(before + sentences // 2)
+
+        for score in (_whole if causal else _shared)(scorer, some, count):
             there[score.pair.line] = score
             if on_score:
                 on_score(score)
-        if on_done:
-            on_done(len(there))
     return Result(_METHODS[causal], [there[pair.line] for pair in pairs])
 
 
-def _whole(scorer: Scorer, pairs: Sequence[Pair]) -> list[PairScore]:
+def _whole(
+    scorer: Scorer, pairs: Sequence[Pair], on_done: Callable[[int], None]
+) -> list[PairScore]:
     texts = [text for pair in pairs for text in (pair.more, pair.less)]
-    found = scorer.loglikelihood_rolling(texts)
+    found = scorer.loglikelihood_rolling(texts, on_done)
     return [
         PairScore(pair, more.log_p, less.log_p, more.tokens)
         for pair, more, less in zip(pairs, found[::2], found[1::2])
     ]
 
 
-def _shared(scorer: Scorer, pairs: Sequence[Pair]) -> list[PairScore]:
+def _shared(
+    scorer: Scorer, pairs: Sequence[Pair], on_done: Callable[[int], None]
+) -> list[PairScore]:
     rows = []
     for pair in pairs:
         (more, of_more), (less, of_less) = scorer.encode(pair.more), scorer.encode(pair.less)
         in_more, in_less = shared(more[of_more], less[of_less])
         rows += [(more, of_more[in_more]), (less, of_less[in_less])]
-    found = scorer.pseudo_loglikelihood(rows)
+    found = scorer.pseudo_loglikelihood(rows, on_done)
     return [
         PairScore(pair, float(more.sum()), float(less.sum()), len(more))
         for pair, more, less in zip(pairs, found[::2], found[1::2])

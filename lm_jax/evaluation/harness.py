@@ -18,7 +18,7 @@ import numpy as np
 
 from lm_jax.errors import UserError
 from lm_jax.evaluation.output import Record
-from lm_jax.generation.batching import portions
+from lm_jax.generation.batching import GENERATED, READ, portions
 from lm_jax.generation.decoding import Generator
 from lm_jax.generation.sampling import Sampling
 from lm_jax.generation.scoring import Scorer
@@ -37,8 +37,8 @@ except ImportError as e:
     ) from None
 
 _DEFAULT_TOKENS = 256  # to generate, where a task does not say; the harness's own number
-_BATCHES = 16  # that are answered before their answers are told; sorted by length among themselves
 _SHOTS_SEED = 1234  # draws the examples that stand before a question; the harness's own
+OnDone = Callable[[int], None]  # called with the number of requests done
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -57,8 +57,8 @@ class HarnessModel(LM):
         Args:
           scorer: of a causal model.
           known: what `on_answer` was told before, of the same model.
-          on_answer: called with each answer as soon as it is there, fit for JSON; those that are
-            drawn at random are not among them.
+          on_answer: called with each answer, fit for JSON, when its portion is done (`portions`):
+            two batches of texts that are generated. Those that are drawn at random are not among them.
           show: how far it has come.
 
         Raises:
@@ -73,8 +73,8 @@ class HarnessModel(LM):
     def loglikelihood(self, requests: Sequence[Instance], **_: Any) -> list[tuple[float, bool]]:
         """(log p, whether greedy) of each (context, continuation)."""
 
-        def answer(some: Sequence[Instance]) -> list[Any]:
-            found = self.scorer.loglikelihood([r.args for r in some])
+        def answer(some: Sequence[Instance], on_done: OnDone) -> list[Any]:
+            found = self.scorer.loglikelihood([r.args for r in some], on_done)
             return [[f.log_p, f.greedy, f.cut > 0] for f in found]
 
         found = self._answered("loglikelihood", requests, answer)
@@ -84,8 +84,9 @@ class HarnessModel(LM):
     def loglikelihood_rolling(self, requests: Sequence[Instance], **_: Any) -> list[float]:
         """log p of each whole text."""
 
-        def answer(some: Sequence[Instance]) -> list[Any]:
-            return [f.log_p for f in self.scorer.loglikelihood_rolling([r.args[0] for r in some])]
+        def answer(some: Sequence[Instance], on_done: OnDone) -> list[Any]:
+            texts = [r.args[0] for r in some]
+            return [f.log_p for f in self.scorer.loglikelihood_rolling(texts, on_done)]
 
         return self._answered("loglikelihood_rolling", requests, answer)
 
@@ -97,20 +98,28 @@ class HarnessModel(LM):
         out = [""] * len(requests)
         for (stop, max_tokens, sampling), chosen in groups.items():
 
-            def answer(some: Sequence[Instance], settings=(stop, max_tokens, sampling)):
-                return self._generated(some, *settings)
+            def answer(some, on_done, settings=(stop, max_tokens, sampling)):
+                return self._generated(some, on_done, *settings)
 
             of_group = [requests[i] for i in chosen]
-            # What is drawn depends on its place among the others: they stay together.
-            drawn = sampling.temperature > 0
-            found = answer(of_group) if drawn else self._answered("generate", of_group, answer)
+            if sampling.temperature > 0:
+                # What is drawn depends on its place among the others: they stay together.
+                with progress("requests", len(of_group), active=self._show) as count:
+                    found = answer(of_group, count)
+            else:
+                found = self._answered("generate", of_group, answer)
             self.shortened += sum(cut for _, cut in found)
             for i, (text, _) in zip(chosen, found):
                 out[i] = text
         return out
 
     def _generated(
-        self, requests: Sequence[Instance], stop: tuple[str, ...], max_tokens: int, how: Sampling
+        self,
+        requests: Sequence[Instance],
+        on_done: OnDone,
+        stop: tuple[str, ...],
+        max_tokens: int,
+        how: Sampling,
     ) -> list[tuple[str, bool]]:
         """The texts, and of which the prompt was shortened."""
         prompts = [self._fitting(request.args[0], max_tokens) for request in requests]
@@ -119,6 +128,7 @@ class HarnessModel(LM):
             max_tokens=max_tokens,
             sampling=how,
             stop=stop,
+            on_done=on_done,
             batch_size=self.scorer.batch_size,
         )
         return [(c.text, cut) for c, (_, cut) in zip(completions, prompts)]
@@ -127,15 +137,18 @@ class HarnessModel(LM):
         self,
         kind: str,
         requests: Sequence[Instance],
-        answer: Callable[[Sequence[Instance]], list[Any]],
+        answer: Callable[[Sequence[Instance], OnDone], list[Any]],
     ) -> list[Any]:
         """What `answer` gives for each request; those that are known are not asked again."""
         keys = [_key(kind, request) for request in requests]
         waiting = [i for i, key in enumerate(keys) if key not in self._known]
         done = len(keys) - len(waiting)
         with progress("requests", len(keys), start=done, active=self._show) as count:
-            for some in portions(waiting, _BATCHES * self.scorer.batch_size):
-                for i, found in zip(some, answer([requests[i] for i in some]), strict=True):
+            most = GENERATED if kind == "generate" else READ
+            for some in portions(waiting, self.scorer.batch_size, most):
+                asked = [requests[i] for i in some]
+                told = answer(asked, lambda n, before=done: count(before + n))
+                for i, found in zip(some, told, strict=True):
                     self._known[keys[i]] = found
                     if self._on_answer:
                         self._on_answer({"request": keys[i], "answer": found})

@@ -20,14 +20,13 @@ from lm_jax.evaluation.extractor import extract
 from lm_jax.evaluation.likelihoods import Likelihood
 from lm_jax.evaluation.metrics import METRICS, Score, check_names, score
 from lm_jax.evaluation.output import Record
-from lm_jax.generation.batching import portions
+from lm_jax.generation.batching import GENERATED, READ, portions
 from lm_jax.generation.decoding import Generator
 from lm_jax.generation.sampling import Sampling
 from lm_jax.generation.scoring import Scorer
 from lm_jax.model.transformer import Transformer
 
 _GREEDY = Sampling(temperature=0.0)
-_BATCHES = 16  # that are answered before their records are told; sorted by length among themselves
 
 OnDone = Callable[[int], None]
 
@@ -144,7 +143,8 @@ def run_task(
 
     Args:
       known: records of examples that were answered before, by their `index`.
-      on_record: called with each record as soon as it is there.
+      on_record: called with each record when its portion is done (`portions`), of texts that are
+        generated two batches.
       on_done: called with the number of examples answered.
       stop: asked as often as `on_done` is called: whether to leave the rest.
 
@@ -169,7 +169,7 @@ def run_task(
         if stop and stop():
             raise Stopped
 
-    for some in portions(waiting, _BATCHES * batch_size):
+    for some in portions(waiting, batch_size, GENERATED if _texts in parts else READ):
         asking = model, tokenizer, [e for _, e in some], data, task, batch_size
         found = [part(*asking, count if part is parts[0] else None) for part in parts]
         for (i, example), *answers in zip(some, *found, strict=True):

@@ -13,6 +13,11 @@ from lm_jax.sharding.mesh import shards
 # Tokens; shorter rows would save next to nothing. Those of a cache, and of a text by itself.
 SMALLEST_BUCKET, SMALLEST_TEXT = 32, 16
 
+# Batches of a portion: what a portion came to is written down when all of it is done, and its rows
+# are sorted by length among themselves. A text that is generated takes far longer than one that is
+# read.
+GENERATED, READ = 2, 16
+
 Item = TypeVar("Item")
 
 
@@ -63,9 +68,11 @@ def batches(
         yield chosen, *padded([rows[i] for i in chosen], B, limit, SMALLEST_TEXT)
 
 
-def portions(items: Sequence[Item], most: int) -> Iterator[Sequence[Item]]:
-    """As few parts as have at most so many items each, all of them about as long: a short one at
-    the end would be compiled for by itself."""
-    count = -(-len(items) // most)
+def portions(items: Sequence[Item], batch_size: int, most: int) -> Iterator[Sequence[Item]]:
+    """As few parts as have at most so many batches each, all of them about as long and the last one
+    no shorter than others: a batch that is not full would be compiled for if it were alone."""
+    whole = -(-len(items) // batch_size)
+    count = -(-whole // most)
     for n in range(count):
-        yield items[n * len(items) // count : (n + 1) * len(items) // count]
+        first, end = n * whole // count, (n + 1) * whole // count
+        yield items[first * batch_size : end * batch_size]

@@ -20,7 +20,7 @@ from lm_jax.sharding.mesh import activation_spec, dividing, reshard, shards
 
 _LOGITS_A_DEVICE = 2**26  # float32 numbers at a time: 256 MiB
 
-OnBatch = Callable[[int], None]  # called with the number of rows done
+OnBatch = Callable[[int], None]  # called with how many texts or pairs all tokens are scored of
 
 
 class LogLikelihood(NamedTuple):
@@ -116,7 +116,9 @@ class Scorer:
         self._check_causal("of_ids")
         return [
             LogLikelihood(float(log_p.sum()), len(log_p), bool(best.all()))
-            for log_p, best in self._score(rows, on_batch, prefix=True)
+            for log_p, best in self._score(
+                rows, _texts_done(range(len(rows)), len(rows), on_batch), prefix=True
+            )
         ]
 
     def _pair(self, i: int, context: str, continuation: str) -> tuple[np.ndarray, int]:
@@ -176,7 +178,8 @@ class Scorer:
                 windows.append(window)
                 owners.append(i)
         parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in texts]
-        for i, found in zip(owners, self._score(windows, on_batch, prefix=False)):
+        of_windows = self._score(windows, _texts_done(owners, len(texts), on_batch), prefix=False)
+        for i, found in zip(owners, of_windows):
             parts[i].append(found)
         return [
             LogLikelihood(
@@ -195,15 +198,19 @@ class Scorer:
             )
 
     def _score(
-        self, rows: Sequence[tuple[np.ndarray, int]], on_batch: OnBatch | None, *, prefix: bool
+        self,
+        rows: Sequence[tuple[np.ndarray, int]],
+        on_rows: Callable[[list[int]], None],
+        *,
+        prefix: bool,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each (ids, first): log p of ids[first:], float64, and whether each is the best.
 
         Args:
+          on_rows: called with the places of those that are done, a batch at a time.
           prefix: what stands before `first` is a prompt.
         """
         out: list[Any] = [None] * len(rows)
-        done = 0
         inputs, limit = [ids[:-1] for ids, _ in rows], self.model.config.max_length
         for chosen, inputs_BT, lengths_B in batches(inputs, self.batch_size, limit):
             (B, T), targets_BT = inputs_BT.shape, np.zeros_like(inputs_BT)
@@ -223,9 +230,7 @@ class Scorer:
             for r, i in enumerate(chosen):
                 own = slice(rows[i][1] - 1, lengths_B[r])
                 out[i] = log_p_BT[r, own].astype(np.float64), best_BT[r, own]
-            done += len(chosen)
-            if on_batch:
-                on_batch(done)
+            on_rows(chosen)
         return out
 
     # Masked models.
@@ -267,7 +272,8 @@ class Scorer:
         flat = [(i, n, int(place)) for i, (_, places) in enumerate(rows)
                 for n, place in enumerate(places)]  # fmt: skip
         out = [np.zeros(len(places)) for _, places in rows]
-        done, texts = 0, [rows[i][0] for i, _, _ in flat]
+        texts = [rows[i][0] for i, _, _ in flat]
+        on_rows = _texts_done([i for i, _, _ in flat], len(rows), on_batch)
         for chosen, tokens_BT, lengths_B in batches(texts, self.batch_size, limit):
             places_B, targets_B = np.zeros((2, len(tokens_BT)), np.int32)
             for r, k in enumerate(chosen):
@@ -279,10 +285,27 @@ class Scorer:
             for r, k in enumerate(chosen):
                 i, n, _ = flat[k]
                 out[i][n] = log_p_B[r]
-            done += len(chosen)
-            if on_batch:
-                on_batch(done)
+            on_rows(chosen)
         return out
+
+
+def _texts_done(
+    owners: Sequence[int], count: int, on_batch: OnBatch | None
+) -> Callable[[list[int]], None]:
+    """Called with the places of rows that are done, it tells how many of `count` texts are.
+
+    Args:
+      owners: of each row, the text that it is a part of.
+    """
+    left = np.bincount(np.array(owners, np.int64), minlength=count)
+
+    def on_rows(chosen: list[int]) -> None:
+        for place in chosen:
+            left[owners[place]] -= 1
+        if on_batch:
+            on_batch(int((left == 0).sum()))
+
+    return on_rows
 
 
 def _windows(ids: np.ndarray, limit: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -70,7 +70,9 @@ def test_pairs_are_scored_as_by_transformers(name, tmp_path):
     loaded = load_for_inference(
         str(folder), make_mesh(MeshConfig(), jax.devices()[:1]), dtype="float32"
     )
-    result = crows_pairs(Scorer(loaded.model, loaded.tokenizer), read_pairs(str(file)))
+    scorer, done = Scorer(loaded.model, loaded.tokenizer, batch_size=2), []
+    result = crows_pairs(scorer, read_pairs(str(file)), on_done=done.append)
+    assert done == sorted(done) and done[0] < 2 and done[-1] == 5
     reference = benchmark().reference(str(folder), causal=name != "bert")
     more = 0
     for got in result.scores:

@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness: what it says of a model is what a direct computation says."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -140,6 +141,35 @@ def test_what_does_not_fit_is_shortened_from_its_beginning():
     assert whole == cut and model.shortened == 2
     model.loglikelihood([Instance("loglikelihood", {}, (text, "!"), 0)])
     assert model.shortened == 3
+
+
+def test_it_says_how_far_it_has_come_and_keeps_all_but_the_last_batches(monkeypatch):
+    done, told = [], []
+
+    @contextlib.contextmanager
+    def killed(*_, **__):
+        def count(n: int) -> None:
+            done.append(n)
+            if n == 9:
+                raise KeyboardInterrupt
+
+        yield count
+
+    monkeypatch.setattr(harness, "progress", killed)
+    scorer = Scorer(build(MODEL), BytesTokenizer(), batch_size=2)
+    model = harness.HarnessModel(scorer, on_answer=told.append)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate_until([request(f"text {i}", {"max_gen_toks": 1}) for i in range(10)])
+    assert sorted({*done}) == [*range(1, 10)] and 9 - len(told) <= 4
+    done.clear()
+    model.loglikelihood([Instance("loglikelihood", {}, (f"a{i}", "b"), i) for i in range(6)])
+    assert done[:3] == [2, 4, 6]
+    done.clear()
+    model.loglikelihood_rolling([Instance("", {}, (f"text {i}",), i) for i in range(6)])
+    assert done[:3] == [2, 4, 6]
+    done.clear()
+    model.generate_until([request("a", {"max_gen_toks": 1, "temperature": 1.0})] * 3)
+    assert done[:3] == [1, 2, 3]
 
 
 def test_generation_settings():

@@ -94,6 +94,18 @@ def test_whoever_does_not_want_more_gets_nothing():
         run(build(MODEL), stop=lambda: True)
 
 
+def test_whoever_stops_keeps_all_but_the_last_batches():
+    examples, told, done = EXAMPLES[:2] * 5, [], []
+    task = TaskConfig(name="translate", max_tokens=1)
+    with pytest.raises(Stopped):
+        run_task(
+            build(MODEL), BYTES, examples, COMPLETE, task, batch_size=2, on_record=told.append,
+            on_done=done.append, stop=lambda: bool(done) and done[-1] >= 9,
+        )  # fmt: skip
+    assert done == [*range(1, 10)]
+    assert [r["index"] for r in told] == [*range(len(told))] and 9 - len(told) <= 4
+
+
 def test_what_has_no_likelihood_is_refused():
     with pytest.raises(UserError, match="perplexity: an answer that is looked for in a text"):
         run(
