@@ -58,7 +58,7 @@ class HarnessModel(LM):
           scorer: of a causal model.
           known: what `on_answer` was told before, of the same model.
           on_answer: called with each answer, fit for JSON, when its portion is done (`portions`):
-            two batches of texts that are generated. Those that are drawn at random are not among them.
+            two batches of texts that are generated. Those that are drawn at random are not told.
           show: how far it has come.
 
         Raises:

@@ -84,28 +84,33 @@ class Result:
     Attributes:
       records: for each example what was asked, what would be right, and the prediction.
       labels: of classes, their names.
+      skipped: examples that could not be read or asked, as `data.on_error` has it.
     """
 
     scores: dict[str, Score]
     records: list[Record]
     labels: tuple[str, ...] = ()
+    skipped: int = 0
 
     def values(self) -> dict[str, float]:
         return {name: s.value for name, s in self.scores.items()}
 
-    def report(self) -> dict[str, Any]:
-        """All but the records, fit for JSON.
+    def notes(self) -> dict[str, int]:
+        """How many examples are not what they seem, of each kind that there is.
 
-        `shortened` are the examples that did not fit into the model as they are, and `unfinished`
-        the answers that were not at their end when there was no room for more.
+        `skipped` are not in the scores, `shortened` did not fit into the model as they are, and the
+        answers of `unfinished` were not at their end when there was no room for more.
         """
-        out: dict[str, Any] = {"examples": len(self.records)}
-        for name, counts in (
-            ("shortened", lambda r: r.get("shortened")),
-            ("unfinished", lambda r: r.get("finish_reason") == "length"),
-        ):
-            if found := sum(map(bool, map(counts, self.records))):
-                out[name] = found
+        found = {
+            "skipped": self.skipped,
+            "shortened": sum("shortened" in r for r in self.records),
+            "unfinished": sum(r.get("finish_reason") == "length" for r in self.records),
+        }
+        return {name: n for name, n in found.items() if n}
+
+    def report(self) -> dict[str, Any]:
+        """All but the records, fit for JSON; `notes` are a part of it."""
+        out: dict[str, Any] = {"examples": len(self.records)} | self.notes()
         if self.scores.keys() & unanswerable.METRICS:
             out |= unanswerable.report(self.records)
         out["scores"] = {name: dataclasses.asdict(s) for name, s in self.scores.items()}
@@ -146,7 +151,7 @@ def run_task(
       on_record: called with each record when its portion is done (`portions`), of texts that are
         generated two batches.
       on_done: called with the number of examples answered.
-      stop: asked as often as `on_done` is called: whether to leave the rest.
+      stop: asked before anything is done, and then batch by batch: whether to leave the rest.
 
     Raises:
       UserError: there is no such task or metric, no example, or the model cannot do this.
@@ -163,15 +168,21 @@ def run_task(
         parts = [part for part, of in ((_texts, False), (_told, True)) if of in told]
     done = len(asked) - len(waiting)
 
-    def count(n: int) -> None:
-        if on_done:
-            on_done(done + n)
+    def go_on() -> None:
         if stop and stop():
             raise Stopped
 
+    def count(n: int) -> None:
+        if on_done:
+            on_done(done + n)
+        go_on()
+
     for some in portions(waiting, batch_size, GENERATED if _texts in parts else READ):
         asking = model, tokenizer, [e for _, e in some], data, task, batch_size
-        found = [part(*asking, count if part is parts[0] else None) for part in parts]
+        found = []
+        for part in parts:
+            go_on()
+            found.append(part(*asking, (lambda _: go_on()) if found else count))
         for (i, example), *answers in zip(some, *found, strict=True):
             if None not in answers:
                 there[i] = {"index": i} | asked_by(example)
@@ -187,7 +198,9 @@ def run_task(
     references = [[_plain(t) for t in r["references"]] for r in records] if predictions else []
     likelihoods = [Likelihood(r["nll"], r["tokens"]) for r in records] if True in told else None
     scores = score(names, predictions, references, likelihoods=likelihoods)
-    return Result(scores, records, data.labels if data.objective == "classify" else ())
+    labels = data.labels if data.objective == "classify" else ()
+    # One without targets is a record that was skipped when it was read.
+    return Result(scores, records, labels, skipped=len(examples) - len(records))
 
 
 def asked_by(example: Example) -> Record:
@@ -241,7 +254,7 @@ def _told(
     data: DataConfig,
     task: TaskConfig,
     batch_size: int,
-    on_done: OnDone | None,
+    on_done: OnDone,
 ) -> list[Record | None]:
     """How probable the right answers are, each after what is asked, as they are learned."""
     del task

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 from lm_jax.config import Config
+from lm_jax.training.answered import has_best
 from lm_jax.training.answering import BEST
 
 
@@ -23,7 +24,7 @@ def farewell(config: Config, workdir: str, step: int, caught: int) -> str:
         use, what = "evaluate", "evaluate it"
     if config.task.name != "none":
         use, what = f"evaluate --task={config.task.name}", "evaluate it"
-        if config.task.keep_best:
+        if config.task.keep_best and has_best(workdir):
             workdir, what = os.path.join(workdir, BEST), "evaluate the best of it"
     command = f"{_python()} -m lm_jax.{use} --workdir={shlex.quote(workdir)}"
     return f"{done}\n{what}: {command}"

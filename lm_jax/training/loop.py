@@ -31,6 +31,7 @@ from lm_jax.model.lora import base_config
 from lm_jax.sharding.mesh import batch_block, make_mesh, to_devices
 from lm_jax.training import together, trainable, weights
 from lm_jax.training import workdir as workdir_lib
+from lm_jax.training.answered import is_answered
 from lm_jax.training.answering import Answering
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
 from lm_jax.training.farewell import farewell
@@ -147,6 +148,8 @@ class _Run:
         # (kind, step) of what is there, and not to be done again.
         measured = together.said_by_first(sorted(self.metrics.measured))
         self.measured = {(kind, at) for kind, at in measured} | {("sample", start)}
+        if self.answering and not together.said_by_first(is_answered(self.answering, start)):
+            self.measured.discard(("task", start))  # later ones are not there yet
         step = self.start = self.logged_at = start
         with StopSignal(self.mesh) as self.stop, jax.transfer_guard("disallow"):
             self.watch.lap()
@@ -253,6 +256,8 @@ class _Run:
         ):
             due = every and step % every == 0 and step != training.steps
             if due and (kind, step) not in self.measured:
+                if kind != "checkpoint" and self._stop_now():
+                    return  # the loop saves, and what is left is done when the run goes on
                 self._log_waiting()
                 with self.watch:
                     action(state, step)
@@ -267,6 +272,8 @@ class _Run:
             ("task", self._answer, True),
             ("sample", self._sample, True),
         ):
+            if self._stop_now():
+                return
             if wanted and (kind, step) not in self.measured:
                 action(state, step)
 
@@ -366,6 +373,7 @@ class _Run:
             f"{name} {s.value:.2f} ({s.low:.2f} to {s.high:.2f})"
             for name, s in result.scores.items()
         ]
+        said += [f"{n} {what}" for what, n in result.notes().items()]
         self.metrics.say(f"step {step}: {', '.join(said)}" + (", the best so far" if best else ""))
         if note:
             self.metrics.say(f"note: {note}")

@@ -1,6 +1,7 @@
 """Answers to examples: what is told of them is what a direct computation says."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -10,8 +11,10 @@ from tiny_models import BERT, LLAMA, build, placed, quick_jit
 
 from lm_jax.config import DataConfig, TaskConfig
 from lm_jax.data.examples import Example
+from lm_jax.data.sources import documents
 from lm_jax.data.tokenizer_base import BytesTokenizer
 from lm_jax.errors import UserError
+from lm_jax.evaluation import tasks
 from lm_jax.evaluation.tasks import Stopped, run_task
 
 MODEL = dataclasses.replace(LLAMA, vocab_size=260, max_length=32)
@@ -89,9 +92,36 @@ def test_perplexity_of_classes_is_their_cross_entropy():
     assert "good" in result.confusion()
 
 
-def test_whoever_does_not_want_more_gets_nothing():
+def test_examples_that_are_skipped_are_counted(tmp_path):
+    file = tmp_path / "examples.jsonl"
+    lines = [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}, {"text": ""}, {}]
+    lines += [{"text": "", "label": "good"}]  # has no token
+    file.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    data = dataclasses.replace(
+        CLASSES, prompt="{text}", target="{label}", validation_sources=(str(file),), on_error="skip"
+    )
+    bert = dataclasses.replace(BERT, vocab_size=260, max_length=32, head="classify", labels=2)
+    examples = list(documents(data, "validation"))
+    result, records = run(build(bert), examples, data, name="sentiment")
+    report = result.report()
+    assert report["skipped"] == len(examples) - len(records) >= 2
+    assert report["examples"] == len(records)
+    result, _ = run(build(bert), examples[:2], data, name="sentiment")
+    assert "skipped" not in result.report()
+
+
+def test_whoever_does_not_want_more_gets_nothing(monkeypatch):
+    def never(*_):
+        raise AssertionError("asked")
+
+    for name in ("_texts", "_told"):
+        monkeypatch.setattr(tasks, name, never)
     with pytest.raises(Stopped):
         run(build(MODEL), stop=lambda: True)
+    asked = iter([False, True])  # before the first kind of answers, and before the second
+    monkeypatch.setattr(tasks, "_texts", lambda *_: [{}] * len(EXAMPLES))
+    with pytest.raises(Stopped):
+        run(build(MODEL), metrics=("chrf", "perplexity"), stop=lambda: next(asked))
 
 
 def test_whoever_stops_keeps_all_but_the_last_batches():

@@ -11,9 +11,12 @@ from lm_jax.config import Config
 from lm_jax.data.tokenizer_base import BytesTokenizer
 from lm_jax.errors import UserError
 from lm_jax.evaluation.metrics import Score
+from lm_jax.evaluation.output import write_whole
 from lm_jax.evaluation.tasks import Result
+from lm_jax.training.answered import is_answered
 from lm_jax.training.answering import Answering
 from lm_jax.training.checkpoint import Checkpoints
+from lm_jax.training.farewell import farewell
 from lm_jax.training.step import TrainState
 
 
@@ -117,6 +120,31 @@ def test_a_score_without_its_checkpoint_is_none(answering, tmp_path):
     keep(task, 2, 50.0)
     (tmp_path / "best" / "checkpoints" / "2").rename(tmp_path / "gone")
     assert keep(task, 4, 3.0)[0] and best(tmp_path) == (4, 3.0)
+
+
+def test_what_was_answered_otherwise_is_not_there(answering, tmp_path):
+    def write(task: Answering, step: int) -> Result:
+        metrics = {name: Score(5.0, 5.0, 5.0, 3, "") for name in task.metrics}
+        result = Result(metrics, [{}] * 3, skipped=1)
+        os.makedirs(tmp_path / "predictions", exist_ok=True)
+        path = str(tmp_path / "predictions" / f"{step}.jsonl")
+        write_whole(path, result.records, {"step": step} | task.settings, result.report())
+        return result
+
+    task = answering()
+    assert not is_answered(task, 2)
+    write(task, 2)
+    assert is_answered(task, 2) and not is_answered(task, 4)
+    for changes in ({"beams": 4}, {"metrics": ("perplexity",)}, {"metrics": ("chrf",)},
+                    {"examples": 2}, {"max_tokens": 3}):  # fmt: skip
+        assert not is_answered(answering(**changes), 2), changes
+    # The best model was not kept, and then it is.
+    best = answering(keep_best=True)
+    assert not is_answered(best, 2) and "/best" not in farewell(best.config, str(tmp_path), 2, 0)
+    keep(best, 2, 5.0)
+    assert is_answered(best, 2) and "/best" in farewell(best.config, str(tmp_path), 2, 0)
+    (tmp_path / "predictions" / "2.report.json").write_text("{")
+    assert not is_answered(best, 2)
 
 
 def test_metrics_that_cannot_score_are_told_before_the_run(answering, tmp_path):
