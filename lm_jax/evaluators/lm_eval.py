@@ -32,8 +32,8 @@ def run_lm_eval(
       path: a workdir or a Hugging Face folder.
       tasks: their names, with commas.
       task_path: see `lm_jax.evaluation.harness.load_tasks`.
-      output: a new file for the harness's record of each example. Until that is there, answers are
-        kept in FILE.requests.jsonl, from which the same call goes on.
+      output: a new file for the harness's record of each example. Until that and its report are
+        there, answers are kept in FILE.requests.jsonl, from which the same call goes on.
       max_examples: the first so many of each task; None: all.
       shots: see `lm_jax.evaluation.harness.set_shots`.
 
@@ -44,7 +44,7 @@ def run_lm_eval(
     if not names:
         raise UserError("--task: name the harness's tasks, as in --task=lm_eval:piqa,sciq")
     if output:
-        cli.check_new_file("output", output)
+        _check_output(output)
 
     from lm_jax.evaluation import harness
 
@@ -71,6 +71,16 @@ def run_lm_eval(
                 os.unlink(done)
     about = {"model": described.source.path, "step": described.source.step, "task": "lm_eval"}
     return about | result
+
+
+def _check_output(path: str) -> None:
+    """
+    Raises:
+      UserError: records or report are there, and are not those that a kill left half written.
+    """
+    cli.check_new_file("output", report_of(path))  # is written last
+    if not os.path.exists(report_of(_requests_of(path))):
+        cli.check_new_file("output", path)
 
 
 def _requests_of(path: str) -> str:
