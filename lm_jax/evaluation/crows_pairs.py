@@ -239,7 +239,7 @@ def _whole(
     scorer: Scorer, pairs: Sequence[Pair], on_done: Callable[[int], None]
 ) -> list[PairScore]:
     texts = [text for pair in pairs for text in (pair.more, pair.less)]
-    found = scorer.loglikelihood_rolling(texts, on_done)
+    found = scorer.loglikelihood_rolling(texts, on_done, _names(pairs))
     return [
         PairScore(pair, more.log_p, less.log_p, more.tokens)
         for pair, more, less in zip(pairs, found[::2], found[1::2])
@@ -254,11 +254,16 @@ def _shared(
         (more, of_more), (less, of_less) = scorer.encode(pair.more), scorer.encode(pair.less)
         in_more, in_less = shared(more[of_more], less[of_less])
         rows += [(more, of_more[in_more]), (less, of_less[in_less])]
-    found = scorer.pseudo_loglikelihood(rows, on_done)
+    found = scorer.pseudo_loglikelihood(rows, on_done, _names(pairs))
     return [
         PairScore(pair, float(more.sum()), float(less.sum()), len(more))
         for pair, more, less in zip(pairs, found[::2], found[1::2])
     ]
+
+
+def _names(pairs: Sequence[Pair]) -> list[str]:
+    """Of each sentence of each pair, for messages."""
+    return [f"line {p.line}, {column}," for p in pairs for column in COLUMNS[:2]]
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

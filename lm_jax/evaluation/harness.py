@@ -74,7 +74,7 @@ class HarnessModel(LM):
         """(log p, whether greedy) of each (context, continuation)."""
 
         def answer(some: Sequence[Instance], on_done: OnDone) -> list[Any]:
-            found = self.scorer.loglikelihood([r.args for r in some], on_done)
+            found = self.scorer.loglikelihood([r.args for r in some], on_done, _names(some))
             return [[f.log_p, f.greedy, f.cut > 0] for f in found]
 
         found = self._answered("loglikelihood", requests, answer)
@@ -86,7 +86,8 @@ class HarnessModel(LM):
 
         def answer(some: Sequence[Instance], on_done: OnDone) -> list[Any]:
             texts = [r.args[0] for r in some]
-            return [f.log_p for f in self.scorer.loglikelihood_rolling(texts, on_done)]
+            found = self.scorer.loglikelihood_rolling(texts, on_done, _names(some))
+            return [f.log_p for f in found]
 
         return self._answered("loglikelihood_rolling", requests, answer)
 
@@ -122,7 +123,7 @@ class HarnessModel(LM):
         how: Sampling,
     ) -> list[tuple[str, bool]]:
         """The texts, and of which the prompt was shortened."""
-        prompts = [self._fitting(request.args[0], max_tokens) for request in requests]
+        prompts = [self._fitting(request, max_tokens) for request in requests]
         completions = self.generator.generate(
             [text for text, _ in prompts],
             max_tokens=max_tokens,
@@ -155,7 +156,7 @@ class HarnessModel(LM):
                 count(done := done + len(some))
         return [self._known[key] for key in keys]
 
-    def _fitting(self, prompt: str, max_tokens: int) -> tuple[str, bool]:
+    def _fitting(self, request: Instance, max_tokens: int) -> tuple[str, bool]:
         """The end of a prompt that leaves room for what is to be generated, and whether that is
         not all of it."""
         limit = self.scorer.model.config.max_length - max_tokens
@@ -164,8 +165,13 @@ class HarnessModel(LM):
                 f"a task generates {max_tokens} tokens, and the model takes"
                 f" {self.scorer.model.config.max_length} (model.max_length), the prompt included"
             )
-        tokenizer = self.scorer.tokenizer
-        ids = tokenizer.encode_prompt(prompt)
+        tokenizer, prompt, (name,) = self.scorer.tokenizer, request.args[0], _names([request])
+        try:
+            ids = tokenizer.encode_prompt(prompt)
+        except UserError as e:
+            raise UserError(f"{name}: {e}") from None
+        if not len(ids):
+            raise UserError(f"{name}: an empty prompt, and no token that begins a text")
         if len(ids) <= limit:
             return prompt, False
         own = tokenizer.encode(prompt)
@@ -174,6 +180,11 @@ class HarnessModel(LM):
             prompt, kept = tokenizer.decode(own[len(own) - kept :]), kept - 1
             ids = tokenizer.encode_prompt(prompt)
         return prompt, True
+
+
+def _names(requests: Sequence[Instance]) -> list[str]:
+    """For messages; the numbers are those of the records."""
+    return [f"task '{r.task_name}', doc_id {r.doc_id}" for r in requests]
 
 
 def _key(kind: str, request: Instance) -> str:

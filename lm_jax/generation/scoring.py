@@ -76,7 +76,10 @@ class Scorer:
     # Causal models.
 
     def loglikelihood(
-        self, pairs: Sequence[tuple[str, str]], on_batch: OnBatch | None = None
+        self,
+        pairs: Sequence[tuple[str, str]],
+        on_batch: OnBatch | None = None,
+        names: Sequence[str] | None = None,
     ) -> list[LogLikelihood]:
         """How probable each continuation is after its context.
 
@@ -87,13 +90,15 @@ class Scorer:
 
         Args:
           pairs: context and continuation.
+          names: what messages call them; None: by their numbers.
 
         Raises:
           UserError: the model is not causal; a continuation is empty or longer than the model
             takes; a context is empty where no token begins a text.
         """
         self._check_causal("loglikelihood")
-        rows = [self._pair(i, *pair) for i, pair in enumerate(pairs)]
+        names = names or [f"pair {i + 1}" for i in range(len(pairs))]
+        rows = [self._pair(name, *pair) for name, pair in zip(names, pairs, strict=True)]
         longest = self.model.config.max_length + 1
         kept = [(ids[-longest:], first - max(len(ids) - longest, 0)) for ids, first in rows]
         return [
@@ -121,9 +126,8 @@ class Scorer:
             )
         ]
 
-    def _pair(self, i: int, context: str, continuation: str) -> tuple[np.ndarray, int]:
+    def _pair(self, where: str, context: str, continuation: str) -> tuple[np.ndarray, int]:
         """The ids of both, and where the continuation begins."""
-        where = f"pair {i + 1}"
         text = context.rstrip()
         continuation = context[len(text) :] + continuation
         try:
@@ -151,7 +155,10 @@ class Scorer:
         return ids, len(before)
 
     def loglikelihood_rolling(
-        self, texts: Sequence[str], on_batch: OnBatch | None = None
+        self,
+        texts: Sequence[str],
+        on_batch: OnBatch | None = None,
+        names: Sequence[str] | None = None,
     ) -> list[LogLikelihood]:
         """How probable each whole text is, after the token that begins one.
 
@@ -160,20 +167,24 @@ class Scorer:
         what stands before it, as in lm-evaluation-harness. Where no token begins a text, its first
         one is not scored.
 
+        Args:
+          names: what messages call them; None: by their numbers.
+
         Raises:
           UserError: the model is not causal, or a text has no token to score.
         """
         self._check_causal("loglikelihood_rolling")
         windows, owners = [], []
+        names = names or _numbered(len(texts))
         for i, text in enumerate(texts):
             try:
                 ids = self.tokenizer.encode_prompt(text)
             except UserError as e:
-                raise UserError(f"text {i + 1} of {len(texts)}: {e}") from None
+                raise UserError(f"{names[i]}: {e}") from None
             if self.tokenizer.begin_id is not None and not self.tokenizer.bos_before_text and text:
                 ids = np.concatenate([[self.tokenizer.begin_id], ids]).astype(np.int32)
             if len(ids) < 2:
-                raise UserError(f"text {i + 1} of {len(texts)} has no token to score: {text!r}")
+                raise UserError(f"{names[i]} has no token to score: {text!r}")
             for window in _windows(ids, self.model.config.max_length):
                 windows.append(window)
                 owners.append(i)
@@ -245,11 +256,13 @@ class Scorer:
         self,
         rows: Sequence[tuple[np.ndarray, Sequence[int] | np.ndarray]],
         on_batch: OnBatch | None = None,
+        names: Sequence[str] | None = None,
     ) -> list[np.ndarray]:
         """log p of single tokens given all others, each masked by itself (Salazar et al. 2020).
 
         Args:
           rows: the ids of a text and the places to score, as `encode` gives them, or some of those.
+          names: what messages call them; None: by their numbers.
 
         Returns:
           for each row float64 [len(places)]; their sum is the pseudo-log-likelihood.
@@ -263,11 +276,10 @@ class Scorer:
                 " tokens; this one has a log-likelihood"
             )
         limit = self.model.config.max_length
-        for i, (ids, _) in enumerate(rows):
+        for name, (ids, _) in zip(names or _numbered(len(rows)), rows, strict=True):
             if len(ids) > limit:
                 raise UserError(
-                    f"text {i + 1} of {len(rows)} has {len(ids)} tokens, and the model takes"
-                    f" {limit} (model.max_length)"
+                    f"{name} has {len(ids)} tokens, and the model takes {limit} (model.max_length)"
                 )
         flat = [(i, n, int(place)) for i, (_, places) in enumerate(rows)
                 for n, place in enumerate(places)]  # fmt: skip
@@ -287,6 +299,10 @@ class Scorer:
                 out[i][n] = log_p_B[r]
             on_rows(chosen)
         return out
+
+
+def _numbered(count: int) -> list[str]:
+    return [f"text {i + 1} of {count}" for i in range(count)]
 
 
 def _texts_done(

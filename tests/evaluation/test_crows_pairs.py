@@ -72,6 +72,10 @@ def test_pairs_are_scored_as_by_transformers(name, tmp_path):
     )
     scorer, done = Scorer(loaded.model, loaded.tokenizer, batch_size=2), []
     result = crows_pairs(scorer, read_pairs(str(file)), on_done=done.append)
+    long = Pair("so " * 80, "so " * 80, "stereo", "age", 99)
+    if name == "bert":
+        with pytest.raises(UserError, match="line 99, sent_more, has"):
+            crows_pairs(scorer, [long])
     assert done == sorted(done) and done[0] < 2 and done[-1] == 5
     reference = benchmark().reference(str(folder), causal=name != "bert")
     more = 0

@@ -172,6 +172,18 @@ def test_it_says_how_far_it_has_come_and_keeps_all_but_the_last_batches(monkeypa
     assert done[:3] == [1, 2, 3]
 
 
+def test_messages_name_the_document():
+    model = harness.HarnessModel(Scorer(build(MODEL), BytesTokenizer(), batch_size=2))
+    where = {"metadata": ("piqa", 17, 1)}
+    for kind, args in (
+        ("loglikelihood", ("a", "")),
+        ("loglikelihood_rolling", ("\ud800",)),
+        ("generate_until", ("\ud800", {"max_gen_toks": 1})),
+    ):
+        with pytest.raises(UserError, match="task 'piqa', doc_id 17: "):
+            getattr(model, kind)([Instance(kind, {}, args, 0, **where)])
+
+
 def test_generation_settings():
     settings = harness._settings
     assert settings({"until": ["a", ""]}) == (("a",), 256, Sampling(0.0, top_k=0))
