@@ -197,3 +197,8 @@ def test_a_signal_while_answering_saves_and_what_is_left_is_done_later(tmp_path,
     assert train(config, str(workdir)) == 0
     assert answered() == [2]
     assert os.listdir(workdir / "best" / "checkpoints") == ["2"]
+    assert train(config, str(workdir)) == 0 and answered() == [2]  # it is all there
+    config.task.metrics = ("f1",)
+    assert train(config, str(workdir)) == 0 and answered() == [2, 2]
+    report = json.loads((workdir / "predictions" / "2.report.json").read_text())
+    assert [*report["result"]["scores"]] == ["f1"]

@@ -4,7 +4,7 @@ B rows, T tokens, C of them at a time, D width, V vocabulary.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +14,12 @@ import numpy as np
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generation.batching import batches
+from lm_jax.generation.parts import OnBatch, numbered, texts_done, windows
 from lm_jax.model.head import HEADS_WITHOUT_WORDS
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, dividing, reshard, shards
 
 _LOGITS_A_DEVICE = 2**26  # float32 numbers at a time: 256 MiB
-
-OnBatch = Callable[[int], None]  # called with how many texts or pairs all tokens are scored of
 
 
 class LogLikelihood(NamedTuple):
@@ -122,7 +121,7 @@ class Scorer:
         return [
             LogLikelihood(float(log_p.sum()), len(log_p), bool(best.all()))
             for log_p, best in self._score(
-                rows, _texts_done(range(len(rows)), len(rows), on_batch), prefix=True
+                rows, texts_done(range(len(rows)), len(rows), on_batch), prefix=True
             )
         ]
 
@@ -174,8 +173,8 @@ class Scorer:
           UserError: the model is not causal, or a text has no token to score.
         """
         self._check_causal("loglikelihood_rolling")
-        windows, owners = [], []
-        names = names or _numbered(len(texts))
+        pieces, owners = [], []
+        names = names or numbered(len(texts))
         for i, text in enumerate(texts):
             try:
                 ids = self.tokenizer.encode_prompt(text)
@@ -185,11 +184,11 @@ class Scorer:
                 ids = np.concatenate([[self.tokenizer.begin_id], ids]).astype(np.int32)
             if len(ids) < 2:
                 raise UserError(f"{names[i]} has no token to score: {text!r}")
-            for window in _windows(ids, self.model.config.max_length):
-                windows.append(window)
+            for window in windows(ids, self.model.config.max_length):
+                pieces.append(window)
                 owners.append(i)
         parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in texts]
-        of_windows = self._score(windows, _texts_done(owners, len(texts), on_batch), prefix=False)
+        of_windows = self._score(pieces, texts_done(owners, len(texts), on_batch), prefix=False)
         for i, found in zip(owners, of_windows):
             parts[i].append(found)
         return [
@@ -276,7 +275,7 @@ class Scorer:
                 " tokens; this one has a log-likelihood"
             )
         limit = self.model.config.max_length
-        for name, (ids, _) in zip(names or _numbered(len(rows)), rows, strict=True):
+        for name, (ids, _) in zip(names or numbered(len(rows)), rows, strict=True):
             if len(ids) > limit:
                 raise UserError(
                     f"{name} has {len(ids)} tokens, and the model takes {limit} (model.max_length)"
@@ -285,7 +284,7 @@ class Scorer:
                 for n, place in enumerate(places)]  # fmt: skip
         out = [np.zeros(len(places)) for _, places in rows]
         texts = [rows[i][0] for i, _, _ in flat]
-        on_rows = _texts_done([i for i, _, _ in flat], len(rows), on_batch)
+        on_rows = texts_done([i for i, _, _ in flat], len(rows), on_batch)
         for chosen, tokens_BT, lengths_B in batches(texts, self.batch_size, limit):
             places_B, targets_B = np.zeros((2, len(tokens_BT)), np.int32)
             for r, k in enumerate(chosen):
@@ -299,37 +298,6 @@ class Scorer:
                 out[i][n] = log_p_B[r]
             on_rows(chosen)
         return out
-
-
-def _numbered(count: int) -> list[str]:
-    return [f"text {i + 1} of {count}" for i in range(count)]
-
-
-def _texts_done(
-    owners: Sequence[int], count: int, on_batch: OnBatch | None
-) -> Callable[[list[int]], None]:
-    """Called with the places of rows that are done, it tells how many of `count` texts are.
-
-    Args:
-      owners: of each row, the text that it is a part of.
-    """
-    left = np.bincount(np.array(owners, np.int64), minlength=count)
-
-    def on_rows(chosen: list[int]) -> None:
-        for place in chosen:
-            left[owners[place]] -= 1
-        if on_batch:
-            on_batch(int((left == 0).sum()))
-
-    return on_rows
-
-
-def _windows(ids: np.ndarray, limit: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Windows of at most `limit` inputs, and where in each the tokens begin that it is to score."""
-    for first in range(1, len(ids), limit):
-        end = min(first + limit, len(ids))
-        start = max(end - limit - 1, 0)
-        yield ids[start:end], first - start
 
 
 def _hidden(
