@@ -123,7 +123,9 @@ def evaluate_task(
 
 def to_text(result: Result) -> str:
     """A result for a person."""
-    return "\n\n".join(part for part in (table(result.scores), result.confusion()) if part)
+    notes = ", ".join(f"{count:,} {what}" for what, count in result.notes().items())
+    parts = table(result.scores), notes, result.confusion()
+    return "\n\n".join(part for part in parts if part)
 
 
 def _data(

@@ -6,9 +6,7 @@ from typing import Any
 
 from lm_jax import paths
 from lm_jax.evaluation.output import report_of
-from lm_jax.training.answering import BEST, PREDICTIONS, Answering
-
-SCORE = "score.json"  # of the best model, as `Answering.keep` writes it
+from lm_jax.training.answering import BEST, PREDICTIONS, SCORE, Answering
 
 
 def has_best(workdir: str) -> bool:

@@ -26,7 +26,7 @@ from lm_jax.training.checkpoint import Checkpoints, stored
 from lm_jax.training.step import TrainState
 
 PREDICTIONS, BEST = "predictions", "best"
-_SCORE = "score.json"
+SCORE = "score.json"  # in BEST
 _ALL = 1_000  # checkpoints: which of them go is decided here
 
 
@@ -118,7 +118,7 @@ class Answering:
                 checkpoints.wait()
                 if self.first:
                     self.settle(self.folder)
-                    paths.write_whole(os.path.join(self.folder, _SCORE), json.dumps(now) + "\n")
+                    paths.write_whole(os.path.join(self.folder, SCORE), json.dumps(now) + "\n")
             if best or before:  # a kill may have left others, which would be read as the newest
                 kept = step if best else before["step"]
                 for other in together.said_by_first(checkpoints.steps()):
@@ -128,7 +128,7 @@ class Answering:
 
     def _score(self, steps: list[int]) -> dict[str, Any] | None:
         """What is said of the best checkpoint so far; None where there is none of these steps."""
-        path = os.path.join(self.folder, _SCORE)
+        path = os.path.join(self.folder, SCORE)
         if not paths.exists(path):
             return None
         score = json.loads(paths.read_text(path))
