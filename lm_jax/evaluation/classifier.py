@@ -7,12 +7,11 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.errors import UserError
 from lm_jax.generation.batching import batches
-from lm_jax.model.pooling import pooled
+from lm_jax.model.pooling import pooled, text_states
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, reshard
 
@@ -56,12 +55,7 @@ def classify(
 def _probabilities(
     model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, pooling: str
 ) -> jax.Array:
-    tokens_BT = reshard(tokens_BT, activation_spec("batch", None))
-    lengths_B1 = reshard(lengths_B, activation_spec("batch"))[:, None]
-    place_1T = jnp.arange(tokens_BT.shape[1])[None]
-    segments_BT = (place_1T < lengths_B1).astype(jnp.int32)
-    prefix_BT = segments_BT > 0 if model.config.prefix_attention else None
-    x_BTD, _ = model(tokens_BT, segments_BT=segments_BT, prefix_BT=prefix_BT)
+    x_BTD, lengths_B1 = text_states(model, tokens_BT, lengths_B)
     x_BD = pooled(x_BTD, lengths_B1, pooling).astype(x_BTD.dtype)
     scores_BC = model.logits(x_BD[:, None])[:, 0]
     return reshard(jax.nn.softmax(scores_BC, axis=-1), activation_spec(None, None))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.config import DataConfig
@@ -17,6 +16,7 @@ from lm_jax.data.spans import Window, windows
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generation.batching import batches
+from lm_jax.model.pooling import text_states
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, reshard
 
@@ -131,11 +131,6 @@ def _best(window: Window, scores_T2: np.ndarray, context: str, most: int) -> Ans
 def _scores(
     model: Transformer, tokens_BT: jax.Array, types_BT: jax.Array, lengths_B: jax.Array
 ) -> jax.Array:
-    rows = activation_spec("batch", None)
-    tokens_BT, types_BT = reshard(tokens_BT, rows), reshard(types_BT, rows)
-    lengths_B1 = reshard(lengths_B, activation_spec("batch"))[:, None]
-    segments_BT = (jnp.arange(tokens_BT.shape[1])[None] < lengths_B1).astype(jnp.int32)
     told = types_BT if model.config.token_types >= 2 else None
-    prefix_BT = segments_BT > 0 if model.config.prefix_attention else None
-    x_BTD, _ = model(tokens_BT, segments_BT=segments_BT, types_BT=told, prefix_BT=prefix_BT)
+    x_BTD, _ = text_states(model, tokens_BT, lengths_B, told)
     return reshard(model.logits(x_BTD), activation_spec(None, None, None))

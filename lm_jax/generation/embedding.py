@@ -14,7 +14,7 @@ import numpy as np
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generation.batching import batches
-from lm_jax.model.pooling import POOLINGS, pooled
+from lm_jax.model.pooling import POOLINGS, pooled, text_states
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, reshard
 
@@ -88,13 +88,7 @@ def embed(
 def _vectors(
     model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, kind: str, normalize: bool
 ) -> jax.Array:
-    tokens_BT = reshard(tokens_BT, activation_spec("batch", None))
-    lengths_B1 = reshard(lengths_B, activation_spec("batch"))[:, None]
-    place_1T = jnp.arange(tokens_BT.shape[1])[None]
-    segments_BT = (place_1T < lengths_B1).astype(jnp.int32)
-    # A text is read as a prompt is: both ways, where the model does so.
-    prefix_BT = segments_BT > 0 if model.config.prefix_attention else None
-    x_BTD, _ = model(tokens_BT, segments_BT=segments_BT, prefix_BT=prefix_BT)
+    x_BTD, lengths_B1 = text_states(model, tokens_BT, lengths_B)
     y_BD = pooled(x_BTD, lengths_B1, kind)
     if normalize:
         length_B1 = jnp.sqrt(jnp.sum(jnp.square(y_BD), axis=-1, keepdims=True))

@@ -1,4 +1,5 @@
-"""One hidden state for a whole text: its first token's, its last's, or the mean of all.
+"""Whole texts, read as they are given; one hidden state for each: its first token's, its last's, or
+the mean of all.
 
 B rows, T length, D width.
 """
@@ -6,9 +7,35 @@ B rows, T length, D width.
 import jax
 import jax.numpy as jnp
 
+from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, reshard
 
 POOLINGS = ("mean", "first", "last")
+
+
+def text_states(
+    model: Transformer,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    types_BT: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The hidden states [B, T, D] of rows with a text each, padded on the right, and the lengths of
+    the texts, int32 [B, 1]; both shared out over the mesh. A text is read as a prompt is: both
+    ways, where the model does so.
+
+    Args:
+      types_BT: as of `Transformer.forward`.
+    """
+    rows = activation_spec("batch", None)
+    lengths_B1 = reshard(lengths_B, activation_spec("batch"))[:, None]
+    segments_BT = (jnp.arange(tokens_BT.shape[1])[None] < lengths_B1).astype(jnp.int32)
+    x_BTD, _ = model(
+        reshard(tokens_BT, rows),
+        segments_BT=segments_BT,
+        types_BT=None if types_BT is None else reshard(types_BT, rows),
+        prefix_BT=segments_BT > 0 if model.config.prefix_attention else None,
+    )
+    return x_BTD, lengths_B1
 
 
 def pooled(x_BTD: jax.Array, lengths_B1: jax.Array, kind: str) -> jax.Array:
