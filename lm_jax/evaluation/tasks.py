@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -240,11 +240,11 @@ def _texts(
         )
     else:
         completions = generator.generate(prompts, sampling=_GREEDY, **common)
-    out: list[Record | None] = [None] * len(examples)
-    for (i, (_, cut)), c in zip(encoded.items(), completions, strict=True):
-        out[i] = {"prediction": _plain(c.text), "finish_reason": c.finish_reason}
-        out[i] |= {"shortened": True} if cut else {}
-    return out
+    cut = [i for i, (_, cut) in encoded.items() if cut]
+    answers = [
+        {"prediction": _plain(c.text), "finish_reason": c.finish_reason} for c in completions
+    ]
+    return _in_place(len(examples), encoded, answers, cut)
 
 
 def _told(
@@ -265,11 +265,9 @@ def _told(
         ids = np.append(pairs_P3[:, 0], pairs_P3[-1, 1])
         rows.append((ids, 1 + int(pairs_P3[:, 2].argmax())))
     found = Scorer(model, tokenizer, batch_size=batch_size).of_ids(rows, on_done)
-    out: list[Record | None] = [None] * len(examples)
-    for (i, (_, whole)), of_answer in zip(encoded.items(), found, strict=True):
-        out[i] = {"nll": -of_answer.log_p, "tokens": of_answer.tokens}
-        out[i] |= {} if whole else {"shortened": True}
-    return out
+    cut = [i for i, (_, whole) in encoded.items() if not whole]
+    answers = [{"nll": -f.log_p, "tokens": f.tokens} for f in found]
+    return _in_place(len(examples), encoded, answers, cut)
 
 
 def _classes(
@@ -286,17 +284,17 @@ def _classes(
     encoded = _encoded(examples, lambda e: text_to_classify(e, tokenizer, longest))
     rows = [ids for ids, _ in encoded.values()]
     found = classify(model, rows, pooling=data.pooling, batch_size=batch_size, on_done=on_done)
-    out: list[Record | None] = [None] * len(examples)
-    for (i, (_, whole)), p_C in zip(encoded.items(), found, strict=True):
-        out[i] = {
+    cut, answers = [i for i, (_, whole) in encoded.items() if not whole], []
+    for i, p_C in zip(encoded, found, strict=True):
+        answer = {
             "prediction": data.labels[int(p_C.argmax())],
             "probabilities": [round(float(p), 6) for p in p_C],
         }
         if likely:
             least = np.finfo(np.float32).tiny
-            out[i] |= {"nll": -math.log(max(p_C[examples[i].label], least)), "tokens": 1}
-        out[i] |= {} if whole else {"shortened": True}
-    return out
+            answer |= {"nll": -math.log(max(p_C[examples[i].label], least)), "tokens": 1}
+        answers.append(answer)
+    return _in_place(len(examples), encoded, answers, cut)
 
 
 def _spans(
@@ -318,6 +316,16 @@ def _spans(
         on_done=on_done,
     )
     return [a and a.record(data.unanswerable, task.null_threshold) for a in found]
+
+
+def _in_place(
+    count: int, places: Iterable[int], answers: Iterable[Record], cut: Sequence[int]
+) -> list[Record | None]:
+    """Answers at the places of their examples, those at the places `cut` marked as shortened."""
+    out: list[Record | None] = [None] * count
+    for i, answer in zip(places, answers, strict=True):
+        out[i] = answer | ({"shortened": True} if i in cut else {})
+    return out
 
 
 def _encoded(
