@@ -46,8 +46,8 @@ def bucket(tmp_path, monkeypatch) -> pathlib.Path:
 
 
 def write_corpus(folder: pathlib.Path) -> None:
-    pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     (folder / "deep" / ".hidden").mkdir(parents=True)
     (folder / "a.txt").write_text(WORDS[0])

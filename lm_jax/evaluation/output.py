@@ -2,8 +2,8 @@
 
 FILE.jsonl has a record a line, written when the few batches that it was answered in are done: these
 alone a kill loses. FILE.report.json says from the beginning what they are of, and at the end what
-came of it. An evaluation that was stopped goes on
-with the records that are there, if they are of the same model, asked in the same way.
+came of it. An evaluation that was stopped goes on with the records that are there, if they are of
+the same model, asked in the same way.
 """
 
 import contextlib
