@@ -1,16 +1,17 @@
 """Runs the package's commands as a user does, on a corpus and a model that are tiny."""
 
+import functools
 import json
 import os
 import pathlib
 import random
 import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import quick_compiler
+import warm_python
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECIPE = "--config=configs/quickstart.py"
@@ -30,10 +31,16 @@ def environment(devices: int = 1, cache: pathlib.Path | None = None) -> dict[str
     return out
 
 
+@functools.cache
+def python() -> list[str]:
+    """The words that start an interpreter; `-m lm_jax.COMMAND` after them starts soonest."""
+    return warm_python.started()
+
+
 def start(command: str, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen:
     """`python -m lm_jax.COMMAND ARGS` from the repository's root, with its output as text."""
     return subprocess.Popen(
-        [sys.executable, "-m", f"lm_jax.{command}", *args],
+        [*python(), "-m", f"lm_jax.{command}", *args],
         cwd=ROOT,
         env=env or environment(),
         stdout=subprocess.PIPE,

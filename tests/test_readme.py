@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,23 +37,23 @@ case "$*" in *init_from=runs/published*) small='{rest}' ;; esac
 case "$*" in *answer.py*) small="$small --config.data.length=128" ;; esac  # for its instruction
 case "$1 $2" in
   "-m pip") echo "$*" >>pip.log ;;
-  "-m ruff") exec '{python}' "$@" configs ;;
-  "-m pytest") exec '{python}' "$@" tests/test_recipes.py -k not_guessed ;;
-  "-m lm_jax.train") exec '{python}' "$@" --config.training.steps=$steps $small $more ;;
+  "-m ruff") exec {python} "$@" configs ;;
+  "-m pytest") exec {python} "$@" tests/test_recipes.py -k not_guessed ;;
+  "-m lm_jax.train") exec {python} "$@" --config.training.steps=$steps $small $more ;;
   "-m lm_jax.plan")
-    exec '{python}' "$@" $small --config.training.accumulation=1 --config.model.attention=xla ;;
-  "-m lm_jax.generate") exec '{python}' "$@" --max_tokens=4 ;;
+    exec {python} "$@" $small --config.training.accumulation=1 --config.model.attention=xla ;;
+  "-m lm_jax.generate") exec {python} "$@" --max_tokens=4 ;;
   "-m lm_jax.evaluate")
     case "$*" in *--task=*) ;; *) set -- "$@" --max_batches=1 ;; esac
-    exec '{python}' "$@" ;;
+    exec {python} "$@" ;;
   "-m lm_jax.serve")  # until it is ready
-    '{python}' "$@" --port=0 >serve.log & server=$!
+    {python} "$@" --port=0 >serve.log & server=$!
     until grep serving serve.log; do kill -0 $server || exit 1; sleep 0.1; done
     kill $server; wait $server ;;
   "-m lm_jax.tokenize")
     case "$*" in *--output=*) set -- "$@" --vocab_size=300 ;; esac
-    exec '{python}' "$@" ;;
-  *) exec '{python}' "$@" ;;
+    exec {python} "$@" ;;
+  *) exec {python} "$@" ;;
 esac
 """
 _TINY = {
@@ -94,7 +95,7 @@ def checkout(tmp_path_factory) -> pathlib.Path:
         " ".join(f"--config.{key}={value}" for key, value in values.items())
         for values in (_TINY, rest, _LESS)
     )
-    script = _INTERPRETER.format(python=sys.executable, tiny=tiny, rest=rest, less=less)
+    script = _INTERPRETER.format(python=shlex.join(commands.python()), tiny=tiny, rest=rest, less=less)
     (binaries / "python").write_text(script)
     (binaries / "python").chmod(0o755)
     (binaries / "activate").write_text("PATH=$PWD/.venv/bin:$PATH\n")

@@ -1,8 +1,8 @@
 """`python -m lm_jax.tokenize`, as a user runs it."""
 
 import subprocess
-import sys
 
+import commands
 import pytest
 
 from lm_jax.data.tokenizer import load_tokenizer
@@ -11,7 +11,7 @@ TEXT = "One fish two fish, red fish blue fish.\n    Black fish, blue fish, old f
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "lm_jax.tokenize", *arguments]
+    command = [*commands.python(), "-m", "lm_jax.tokenize", *arguments]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
 
 

@@ -28,6 +28,15 @@ from lm_jax.model.transformer import Transformer, skeleton_of
 from lm_jax.sharding.mesh import check_parameters
 from lm_jax.training.step import TrainState
 
+# Replicas of an array save a part of it each, where the parts are at least so large: each shape of
+# a part is a program of its own to compile, which stands in front of a run's first save.
+_LEAST_PART_BYTES = 1 << 20
+ocp.type_handlers.register_type_handler(
+    jax.Array,
+    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART_BYTES),
+    override=True,
+)
+
 
 class Checkpoints:
     """The checkpoints of one workdir. Use as a context: leaving it waits for the last save."""

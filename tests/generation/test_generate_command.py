@@ -1,13 +1,13 @@
 """What the command says about mistakes that it can see without a checkpoint."""
 
 import subprocess
-import sys
 
+import commands
 import pytest
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "lm_jax.generate", *flags]
+    command = [*commands.python(), "-m", "lm_jax.generate", *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
