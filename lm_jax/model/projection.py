@@ -2,16 +2,33 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from lm_jax.config import LoraConfig
 from lm_jax.model.parameters import constant, normal, use
 from lm_jax.sharding.gather import gather, scatter
 from lm_jax.sharding.mesh import activation_spec, names_in, parameter_spec, platform, shards
+
+_SUMS = "product"  # of what devices have parts of, by its name for rematerialization
+
+
+def saves_products(policy: Callable[..., bool]) -> Callable[..., bool]:
+    """A policy of `jax.checkpoint` that keeps the products that `policy` does: of those of which
+    each device has a part, the sum, which is smaller and, unlike the parts, can be stacked."""
+    save_sums = jax.checkpoint_policies.save_only_these_names(_SUMS)
+
+    def save(primitive, *inputs, **params) -> bool:
+        if (spec := params.get("out_sharding")) is not None and spec.spec.unreduced:
+            return False
+        return policy(primitive, *inputs, **params) or save_sums(primitive, *inputs, **params)
+
+    return save
 
 
 class Lora(nnx.Module):
@@ -103,7 +120,8 @@ def product(
     summed = {*names_in(wanted)} & {*names_in(activation_spec(inner))} - {*names_in(rows)}
     if summed:
         here = P(*rows, wanted[2], unreduced=summed)
-        y = scatter(product(out_sharding=here), here, wanted)
+        # What a block keeps of this product are the sums: see `saves_products`.
+        y = checkpoint_name(scatter(product(out_sharding=here), here, wanted), _SUMS)
     else:
         y = product(out_sharding=wanted)
     return jax.lax.reshape(y, (B, T, *last), out_sharding=spec)

@@ -29,7 +29,7 @@ from lm_jax.model.dropout import dropout
 from lm_jax.model.head import ClassHead, Head
 from lm_jax.model.moe import RouterSums
 from lm_jax.model.parameters import constant, normal, use
-from lm_jax.model.projection import project
+from lm_jax.model.projection import project, saves_products
 from lm_jax.model.rope import rope_tables
 from lm_jax.sharding.mesh import (
     activation_spec,
@@ -50,9 +50,11 @@ _HEADS = "query", "key", "value", "attention"  # names given in `lm_jax.model.bl
 # 'offload' keeps that in the host's memory.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
-    "all_dots": _P.save_from_both_policies(_P.dots_saveable, _P.save_only_these_names("attention")),
+    "all_dots": _P.save_from_both_policies(
+        saves_products(_P.dots_saveable), _P.save_only_these_names("attention")
+    ),
     "dots": _P.save_from_both_policies(
-        _P.dots_with_no_batch_dims_saveable, _P.save_only_these_names("attention")
+        saves_products(_P.dots_with_no_batch_dims_saveable), _P.save_only_these_names("attention")
     ),
     "heads": _P.save_only_these_names("input", *_HEADS),
     "attention": _P.save_only_these_names("input", "attention"),
