@@ -78,7 +78,11 @@ def stored_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
             for name, found in manager.item_metadata(step).items()
             if name in ("parameters", "optimizer")
         }
-        wanted = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        how = ocp.checkpoint_utils.construct_restore_args
+        wanted = {
+            name: ocp.args.PyTreeRestore(tree, restore_args=how(tree))
+            for name, tree in items.items()
+        }
         got = manager.restore(step, args=ocp.args.Composite(**wanted))
     leaves, _ = jax.tree.flatten_with_path({k: got[k] for k in ("parameters", "optimizer")})
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
@@ -98,7 +102,7 @@ def kill_after(step: int, workdir: pathlib.Path, flags: list[str], env: dict[str
             saved = (workdir / "checkpoints" / str(step)).is_dir()
             if saved and max(losses(workdir), default=0) > step:
                 break
-            time.sleep(0.001)
+            time.sleep(0.02)
         assert process.poll() is None, process.communicate()
     finally:
         process.kill()

@@ -95,7 +95,9 @@ def checkout(tmp_path_factory) -> pathlib.Path:
         " ".join(f"--config.{key}={value}" for key, value in values.items())
         for values in (_TINY, rest, _LESS)
     )
-    script = _INTERPRETER.format(python=shlex.join(commands.python()), tiny=tiny, rest=rest, less=less)
+    script = _INTERPRETER.format(
+        python=shlex.join(commands.python()), tiny=tiny, rest=rest, less=less
+    )
     (binaries / "python").write_text(script)
     (binaries / "python").chmod(0o755)
     (binaries / "activate").write_text("PATH=$PWD/.venv/bin:$PATH\n")

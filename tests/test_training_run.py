@@ -1,6 +1,7 @@
 """Whole runs, as a user starts, kills, resumes and uses them."""
 
 import json
+import os
 import pathlib
 import re
 import signal
@@ -142,9 +143,10 @@ def test_a_workdir_is_trained_by_one_command_at_a_time(tmp_path, corpus, cache):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     code, _, err = commands.run("train", *flags, env=env)
-    assert code == 1 and f"is being trained by process {process.pid}" in err, err
-    process.kill()
+    assert code == 1 and "is being trained by process" in err, err
+    os.kill(int(re.search(r"by process (\d+)", err)[1]), signal.SIGKILL)
     process.communicate()
+    assert process.returncode == -signal.SIGKILL
     code, _, err = commands.run("train", *flags[:-1], f"--workdir={corpus}", env=env)
     assert code == 1 and "holds other files ('000.txt')" in err, err
 

@@ -13,6 +13,7 @@ and an environment with variables that are read before any code runs.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -75,6 +76,7 @@ def serve(address: str, parent: int) -> tuple[str, list[str]]:
     added = {k: v for k, v in os.environ.items() if k not in before}
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("a library started a thread; a fork would be without it")
+    gc.freeze()  # what is never collected stays shared between the processes
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -165,6 +167,13 @@ def _become(folder: str, env: dict[str, str], streams: list[int]) -> None:
     for to, stream in enumerate(streams):
         os.dup2(stream, to)
         os.close(stream)
+    for to, name in enumerate(("stdin", "stdout", "stderr")):  # the old ones know what they were
+        old = getattr(sys, name)
+        how = {"encoding": old.encoding, "errors": old.errors, "closefd": False}
+        by_line = name == "stderr" or os.isatty(to)
+        new = open(to, old.mode, 1 if by_line else -1, **how)  # noqa: SIM115 (open to the end)
+        setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)
     os.chdir(folder)
     sys.path[0] = folder  # it was this file's
     os.environ.clear()

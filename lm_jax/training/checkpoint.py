@@ -31,11 +31,15 @@ from lm_jax.training.step import TrainState
 # Replicas of an array save a part of it each, where the parts are at least so large: each shape of
 # a part is a program of its own to compile, which stands in front of a run's first save.
 _LEAST_PART_BYTES = 1 << 20
-ocp.type_handlers.register_type_handler(
-    jax.Array,
-    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART_BYTES),
-    override=True,
-)
+
+
+def _array_handler() -> ocp.PyTreeCheckpointHandler:
+    """Writes and reads trees of arrays."""
+    types = ocp.type_handlers
+    arrays = types.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART_BYTES)
+    others = [(t, types.get_type_handler(t)) for t in types.supported_types() if t is not jax.Array]
+    registry = types.create_type_handler_registry(*others, (jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 class Checkpoints:
@@ -63,8 +67,8 @@ class Checkpoints:
         elif not paths.isdir(self.folder):
             raise UserError(f"there is no checkpoint in '{workdir}'")
         handlers = {
-            "parameters": ocp.StandardCheckpointHandler(),
-            "optimizer": ocp.StandardCheckpointHandler(),
+            "parameters": _array_handler(),
+            "optimizer": _array_handler(),
             "data": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -102,15 +106,15 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    parameters=ocp.args.StandardSave(stored(state.all_parameters)),
-                    optimizer=ocp.args.StandardSave(rest),
+                    parameters=ocp.args.PyTreeSave(stored(state.all_parameters)),
+                    optimizer=ocp.args.PyTreeSave(rest),
                     data=ocp.args.JsonSave(_gather(data)),
                 ),
             )
 
     def save_parameters(self, step: int, parameters: Parameters) -> None:
         """Saves a model to start from or to use, and nothing to go on with."""
-        args = ocp.args.Composite(parameters=ocp.args.StandardSave(parameters))
+        args = ocp.args.Composite(parameters=ocp.args.PyTreeSave(parameters))
         self._manager.save(step, args=args, force=True)  # else none before the newest is saved
 
     def delete(self, step: int) -> None:
@@ -132,8 +136,8 @@ class Checkpoints:
         rest = {"step": abstract.step, "state": abstract.optimizer}
         got = self._restore(
             step,
-            parameters=ocp.args.StandardRestore(_onto(wanted, mesh)),
-            optimizer=ocp.args.StandardRestore(_onto(rest, mesh)),
+            parameters=_restored_onto(wanted, mesh),
+            optimizer=_restored_onto(rest, mesh),
             data=ocp.args.JsonRestore(),
         )
         optimizer, whole = got["optimizer"], (base or {}) | got["parameters"]
@@ -149,7 +153,7 @@ class Checkpoints:
         """The parameters saved at `step`: of a model with adapters the adapters alone."""
         abstract = stored(abstract)
         self._check(step, abstract)
-        restore = ocp.args.StandardRestore(_onto(abstract, mesh))
+        restore = _restored_onto(abstract, mesh)
         return self._restore(step, parameters=restore)["parameters"]
 
     def _restore(self, step: int, **items: Any) -> Any:
@@ -192,14 +196,16 @@ def stored(parameters: Parameters) -> Parameters:
     return {name: x for name, x in parameters.items() if is_adapter(name)} or parameters
 
 
-def _onto(abstract: Any, mesh: Mesh) -> Any:
-    """Abstract arrays with shardings that orbax can restore to."""
+def _restored_onto(abstract: Any, mesh: Mesh) -> ocp.args.PyTreeRestore:
+    """How orbax is to restore abstract arrays."""
 
     def onto(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = P() if x.sharding is None else x.sharding.spec  # None: a constant, such as a count
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(onto, abstract)
+    placed = jax.tree.map(onto, abstract)
+    how = ocp.checkpoint_utils.construct_restore_args(placed)
+    return ocp.args.PyTreeRestore(placed, restore_args=how)
 
 
 def _gather(states: dict[str, Any]) -> dict[str, Any]:
