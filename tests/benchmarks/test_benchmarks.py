@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
 import shlex
 import subprocess
@@ -181,3 +182,40 @@ def test_serving(tmp_path):
     assert all(result["refused"].values())
     assert "Traceback" not in done.stderr
     assert "stopping: running answers may end" in done.stderr
+
+
+def run(name: str, *flags: str) -> subprocess.CompletedProcess:
+    program = [sys.executable, FOLDER / f"{name}.py", *flags]
+    return subprocess.run(program, env=commands.environment(), capture_output=True, text=True)
+
+
+def result_of(name: str, *flags: str) -> dict:
+    done = run(name, *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_training_compares_models_of_one_size():
+    # Compiling with PyTorch needs a C++ compiler.
+    got = result_of("training", "--shape=toy", "--rounds=1", "--contenders=lm_jax,eager")
+    assert got["lm_jax"]["parameters"] == got["eager"]["parameters"] > 0
+    for name in ("lm_jax", "eager"):
+        assert got[name]["loss"] == pytest.approx(math.log(64), rel=0.1)  # nothing is known yet
+    ratio = got["eager"]["milliseconds"] / got["lm_jax"]["milliseconds"]
+    assert got["times_eager"] == pytest.approx(ratio, abs=1e-3)
+
+
+def test_decoding_compares_the_same_tokens():
+    got = result_of("decoding", "--shape=toy", "--rows=2", "--tokens=8", "--rounds=1")
+    assert got["same"] == 1.0 and got["times"] > 0 and got["share"] > 0
+
+
+def test_saving(tmp_path):
+    flags = [f"--folder={tmp_path / 'runs'}", "--layers=1", "--width=64", "--vocab_size=256"]
+    if not pathlib.Path("/proc/self/clear_refs").exists():  # not Linux
+        assert "no /proc/self/clear_refs" in run("saving", *flags).stderr
+        return
+    got = result_of("saving", *flags, "--rounds=1")
+    assert got["bytes"] > 12 * 256 * 64  # a parameter and its two moments, of 4 bytes each
+    assert all(got[name] > 0 for name in ("save", "restore", "dd write", "dd read", "stall"))
+    assert not list(tmp_path.iterdir())

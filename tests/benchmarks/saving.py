@@ -1,0 +1,181 @@
+"""Saving and restoring a run's state against `dd` on the same disk, and what a save costs training.
+
+    python tests/benchmarks/saving.py --folder=/disk/to/measure
+
+For Linux. The state is that of GPT-2 124M with AdamW, 1.5 GB, unless `--layers`, `--width` and
+`--vocab_size` say otherwise. Prints a table of medians and a JSON line: the rates of a save to its
+end on the disk and of a restore with nothing in the page cache, `dd`'s for the same bytes
+(fdatasync; a file out of the cache), how much longer steps beside a save take than as many without,
+and the most memory that either needs, as a multiple of the state.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from lm_jax import runtime  # noqa: E402
+from lm_jax.config import (  # noqa: E402
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+)
+from lm_jax.sharding.mesh import make_mesh, to_devices  # noqa: E402
+from lm_jax.training.checkpoint import Checkpoints  # noqa: E402
+from lm_jax.training.program import jit_train_step  # noqa: E402
+from lm_jax.training.step import make_step  # noqa: E402
+from lm_jax.validation import validate  # noqa: E402
+
+
+def dd(*arguments: str) -> float:
+    """Seconds."""
+    begun = time.perf_counter()
+    subprocess.run(["dd", "bs=4M", "status=none", *arguments], check=True)
+    return time.perf_counter() - begun
+
+
+def forget(folder: pathlib.Path) -> None:
+    """Takes files out of the page cache."""
+    for file in folder.rglob("*") if folder.is_dir() else [folder]:
+        if file.is_file():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def memory(of: str) -> int:
+    """'VmRSS' or, since `memory_from_now`, 'VmHWM', in bytes."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{of}:\s+(\d+) kB", status)[1])
+
+
+def memory_from_now() -> int:
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--folder", required=True, help="where to write; made, and emptied after")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--vocab_size", type=int, default=50304)
+    parser.add_argument("--steps", type=int, default=4, help="beside a save")
+    parser.add_argument("--rounds", type=int, default=3)
+    flags = parser.parse_args()
+    if not pathlib.Path("/proc/self/clear_refs").exists():
+        parser.error("there is no /proc/self/clear_refs: this is no Linux")
+    folder = pathlib.Path(flags.folder)
+    folder.mkdir(parents=True)
+    runtime.configure()
+    config = validate(
+        Config(
+            model=ModelConfig(
+                layers=flags.layers,
+                width=flags.width,
+                heads=flags.width // 64,
+                vocab_size=flags.vocab_size,
+                max_length=256,
+            ),
+            data=DataConfig(sources=("none",), length=256, batch_size=2),
+            training=TrainingConfig(steps=10**6),
+        )
+    )
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    whole = np.ones((2, 256), np.int32)
+    batch = dict.fromkeys(("inputs", "targets", "segments"), whole)
+    batch["positions"] = whole.cumsum(axis=1, dtype=np.int32) - 1
+    batch["weights"] = whole.astype(np.float32)
+    seen: dict[str, list[float]] = {
+        name: [] for name in ("save", "restore", "dd write", "dd read", "stall", "step", "extra")
+    }
+    with jax.set_mesh(mesh):
+        step = make_step(config)
+        abstract = jax.eval_shape(step.init)
+        update, state = jit_train_step(step, mesh), jax.jit(step.init)()
+        batch = to_devices(batch, mesh)
+        size = sum(x.nbytes for x in jax.tree.leaves(state))
+
+        def steps(count: int) -> float:
+            nonlocal state
+            begun = time.perf_counter()
+            for _ in range(count):
+                state, _ = update(state, batch)
+            jax.block_until_ready(state)
+            return time.perf_counter() - begun
+
+        steps(2)
+        for i in range(flags.rounds):
+            run, file = folder / f"run{i}", folder / "dd"
+            seen["dd write"].append(
+                dd("if=/dev/zero", f"of={file}", f"count={size >> 22}", "conv=fdatasync")
+            )
+            forget(file)
+            seen["dd read"].append(dd(f"if={file}", "of=/dev/null"))
+            file.unlink()
+            alone = steps(flags.steps)
+            with Checkpoints(str(run), CheckpointConfig()) as checkpoints:
+                before = memory_from_now()
+                begun = time.perf_counter()
+                checkpoints.save(1, state, {})
+                checkpoints.wait()
+                os.sync()
+                seen["save"].append(time.perf_counter() - begun)
+                needs = [memory("VmHWM") - before]
+                begun = time.perf_counter()
+                checkpoints.save(2, state, {})
+                seen["stall"].append(time.perf_counter() - begun)
+                steps(flags.steps)
+                checkpoints.wait()
+                seen["extra"].append(time.perf_counter() - begun - alone)
+                seen["step"].append(alone / flags.steps)
+                forget(run)
+                before = memory_from_now()
+                begun = time.perf_counter()
+                got, _ = checkpoints.restore(1, abstract, mesh)
+                jax.block_until_ready(got)
+                seen["restore"].append(time.perf_counter() - begun)
+                needs.append(memory("VmHWM") - before)
+                del got
+            shutil.rmtree(run)
+    shutil.rmtree(folder)
+
+    medians = {name: statistics.median(each) for name, each in seen.items()}
+    print(f"state: {size / 2**20:,.0f} MiB")
+    for name in ("dd write", "save", "dd read", "restore"):
+        print(f"{name:<9} {medians[name]:>7.2f} s {size / medians[name] / 1e6:>8.0f} MB/s")
+    for name, what in (
+        ("step", "a step"),
+        ("stall", "until a step may follow"),
+        ("extra", f"a save beside {flags.steps} steps, more than the steps alone"),
+    ):
+        print(f"{medians[name]:>7.2f} s  {what}")
+    result = {
+        "bytes": size,
+        **{name: round(x, 3) for name, x in medians.items()},
+        "save_share": round(medians["dd write"] / medians["save"], 3),
+        "restore_share": round(medians["dd read"] / medians["restore"], 3),
+        "memory": [round(need / size, 2) for need in needs],
+    }
+    print(f"memory of a save and of a restore: {result['memory']} times the state")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
