@@ -59,8 +59,8 @@ def started() -> list[str]:
     )
     its.close()
     _to_servers.append(ours)
-    if not ours.recv(1):
-        raise RuntimeError("the server of tests/warm_python.py did not start")
+    if not ours.recv(1):  # it has said why
+        return [sys.executable]
     return [sys.executable, "-SI", os.path.abspath(__file__), address]
 
 
@@ -75,7 +75,7 @@ def serve(address: str, parent: int) -> tuple[str, list[str]]:
         importlib.import_module(name)
     added = {k: v for k, v in os.environ.items() if k not in before}
     if len(os.listdir("/proc/self/task")) > 1:
-        raise RuntimeError("a library started a thread; a fork would be without it")
+        sys.exit("tests/warm_python.py: a library started a thread, which a fork would not have")
     gc.freeze()  # what is never collected stays shared between the processes
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -91,6 +91,8 @@ def serve(address: str, parent: int) -> tuple[str, list[str]]:
             if key.fileobj is tests:
                 for pid in running:
                     os.kill(pid, signal.SIGKILL)
+                os.remove(address)
+                os.rmdir(os.path.dirname(address))
                 os._exit(0)
             elif key.fileobj is listener:
                 caller, _ = listener.accept()

@@ -8,6 +8,13 @@ Needs torch and transformers (the `test` extra). Weights are random, so that any
 for. Each contender is a process of its own. Prints a table of medians and a JSON line, with the
 share of the memory's bandwidth that reading the weights once a token comes to: what else can be
 read in a second is measured by sums over an array of 512 MiB, on all cores.
+
+Seen on two CPU cores, float32, 64 tokens after 32:
+
+| shape | rows | lm_jax, tokens/s | Transformers | times | of the bandwidth |
+|---|---|---|---|---|---|
+| smollm2_135m | 1 | 17.8 | 12.5 | 1.43 | 50% |
+| smollm2_135m | 16 | 84.9 | 80.1 | 1.06 | 13% |
 """
 
 import argparse

@@ -7,6 +7,14 @@ side by side in one run.
 Needs torch. Each contender is a process of its own that compiles and warms up first; then they take
 turns, `--steps` steps each, so that a machine whose speed drifts is the same for all. (On GPUs one
 comes after the other, because each needs the memory.) Prints a table of medians and a JSON line.
+
+Seen on two CPU cores, float32, in milliseconds a step:
+
+| shape | lm_jax | PyTorch, eager | PyTorch, compiled |
+|---|---|---|---|
+| nanogpt_cpu | 62.7 | 56.8 | 61.6 |
+| gpt | 1658 | 1678 | 1640 |
+| gpt2_124m_short | 7788 | 7905 | 7428 |
 """
 
 import argparse
