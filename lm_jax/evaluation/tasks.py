@@ -166,6 +166,7 @@ def run_task(
         parts = [_classes if data.objective == "classify" else _spans]
     else:
         parts = [part for part, of in ((_texts, False), (_told, True)) if of in told]
+    asker = _Asker(model, tokenizer, data, task, batch_size)
     done = len(asked) - len(waiting)
 
     def go_on() -> None:
@@ -178,11 +179,10 @@ def run_task(
         go_on()
 
     for some in portions(waiting, batch_size, GENERATED if _texts in parts else READ):
-        asking = model, tokenizer, [e for _, e in some], data, task, batch_size
         found = []
         for part in parts:
             go_on()
-            found.append(part(*asking, (lambda _: go_on()) if found else count))
+            found.append(part(asker, [e for _, e in some], (lambda _: go_on()) if found else count))
         for (i, example), *answers in zip(some, *found, strict=True):
             if None not in answers:
                 there[i] = {"index": i} | asked_by(example)
@@ -216,22 +216,25 @@ def _plain(text: str) -> str:
 # What is told of some examples: for each a part of its record, None where it cannot be asked.
 
 
-def _texts(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    data: DataConfig,
-    task: TaskConfig,
-    batch_size: int,
-    on_done: OnDone,
-) -> list[Record | None]:
-    del data
-    limit, most = model.config.max_length, most_tokens(task)
+@dataclasses.dataclass(frozen=True)
+class _Asker:
+    """Who is asked, and how."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    data: DataConfig
+    task: TaskConfig
+    batch_size: int
+
+
+def _texts(asker: _Asker, examples: Sequence[Example], on_done: OnDone) -> list[Record | None]:
+    task, limit = asker.task, asker.model.config.max_length
+    most = most_tokens(task)
     room = max(limit - most, limit // 2)  # an answer has what its prompt leaves
-    encoded = _encoded(examples, lambda e: prompt_within(e, tokenizer, room))
+    encoded = _encoded(examples, lambda e: prompt_within(e, asker.tokenizer, room))
     prompts = [ids for ids, _ in encoded.values()]
-    common = {"max_tokens": most, "batch_size": batch_size, "on_done": on_done}
-    generator = Generator(model, tokenizer)
+    common = {"max_tokens": most, "batch_size": asker.batch_size, "on_done": on_done}
+    generator = Generator(asker.model, asker.tokenizer)
     if not prompts:
         completions = []
     elif task.beams > 1:
@@ -247,43 +250,29 @@ def _texts(
     return _in_place(len(examples), encoded, answers, cut)
 
 
-def _told(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    data: DataConfig,
-    task: TaskConfig,
-    batch_size: int,
-    on_done: OnDone,
-) -> list[Record | None]:
+def _told(asker: _Asker, examples: Sequence[Example], on_done: OnDone) -> list[Record | None]:
     """How probable the right answers are, each after what is asked, as they are learned."""
-    del task
-    data = dataclasses.replace(data, turns="apart", length=model.config.max_length)
-    encoded = _encoded(examples, lambda e: encode_example(e, tokenizer, data))
+    data = dataclasses.replace(asker.data, turns="apart", length=asker.model.config.max_length)
+    encoded = _encoded(examples, lambda e: encode_example(e, asker.tokenizer, data))
     rows = []
     for pairs_P3, _ in encoded.values():
         ids = np.append(pairs_P3[:, 0], pairs_P3[-1, 1])
         rows.append((ids, 1 + int(pairs_P3[:, 2].argmax())))
-    found = Scorer(model, tokenizer, batch_size=batch_size).of_ids(rows, on_done)
+    found = Scorer(asker.model, asker.tokenizer, batch_size=asker.batch_size).of_ids(rows, on_done)
     cut = [i for i, (_, whole) in encoded.items() if not whole]
     answers = [{"nll": -f.log_p, "tokens": f.tokens} for f in found]
     return _in_place(len(examples), encoded, answers, cut)
 
 
-def _classes(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    data: DataConfig,
-    task: TaskConfig,
-    batch_size: int,
-    on_done: OnDone,
-) -> list[Record | None]:
-    likely = any(map(_reads_likelihoods, metrics_of(task, data.objective)))
-    longest = min(data.length, model.config.max_length)
-    encoded = _encoded(examples, lambda e: text_to_classify(e, tokenizer, longest))
+def _classes(asker: _Asker, examples: Sequence[Example], on_done: OnDone) -> list[Record | None]:
+    data = asker.data
+    likely = any(map(_reads_likelihoods, metrics_of(asker.task, data.objective)))
+    longest = min(data.length, asker.model.config.max_length)
+    encoded = _encoded(examples, lambda e: text_to_classify(e, asker.tokenizer, longest))
     rows = [ids for ids, _ in encoded.values()]
-    found = classify(model, rows, pooling=data.pooling, batch_size=batch_size, on_done=on_done)
+    found = classify(
+        asker.model, rows, pooling=data.pooling, batch_size=asker.batch_size, on_done=on_done
+    )
     cut, answers = [i for i, (_, whole) in encoded.items() if not whole], []
     for i, p_C in zip(encoded, found, strict=True):
         answer = {
@@ -297,25 +286,17 @@ def _classes(
     return _in_place(len(examples), encoded, answers, cut)
 
 
-def _spans(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    data: DataConfig,
-    task: TaskConfig,
-    batch_size: int,
-    on_done: OnDone,
-) -> list[Record | None]:
+def _spans(asker: _Asker, examples: Sequence[Example], on_done: OnDone) -> list[Record | None]:
     found = extract(
-        model,
-        tokenizer,
+        asker.model,
+        asker.tokenizer,
         examples,
-        data,
-        max_tokens=most_tokens(task),
-        batch_size=batch_size,
+        asker.data,
+        max_tokens=most_tokens(asker.task),
+        batch_size=asker.batch_size,
         on_done=on_done,
     )
-    return [a and a.record(data.unanswerable, task.null_threshold) for a in found]
+    return [a and a.record(asker.data.unanswerable, asker.task.null_threshold) for a in found]
 
 
 def _in_place(
