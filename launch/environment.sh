@@ -58,7 +58,7 @@ _identity() {
 # Afterwards $VENV/bin/python is ready.
 make_environment() {
   local state=$VENV/lm_jax-installed unfinished=$VENV/lm_jax-unfinished log=$VENV/lm_jax-install.log
-  local wanted there='' extra missing='' fingerprint started=$SECONDS
+  local wanted there='' extra missing='' from='' fingerprint started=$SECONDS
   wanted=$(printf '%s' "$1 ${LM_JAX_EXTRAS:-}" | tr ',' ' ')
 
   if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ ! -e "$unfinished" ] &&
@@ -80,6 +80,7 @@ make_environment() {
   fingerprint="$ROOT $(_identity "$VENV/bin/python") $(cksum <"$ROOT/pyproject.toml")"
   if [ -e "$state" ]; then
     there=$(sed -n 2p "$state")
+    from=$(sed -n '1s/ \/.*//p' "$state")
     [ "$(sed -n 1p "$state")" = "$fingerprint" ] || missing=yes
   else
     missing=yes
@@ -90,6 +91,9 @@ make_environment() {
   [ -n "$missing" ] || return 0
 
   there=${there# }
+  if [ -n "$from" ] && [ "$from" != "$ROOT" ]; then
+    echo "$VENV had the code in $from installed: from now on it has that in $ROOT" >&2
+  fi
   echo "installing lm_jax${there:+ [$there]} into $VENV (once, a minute or two) ..." >&2
   rm -f "$state"
   touch "$unfinished"

@@ -225,8 +225,9 @@ def _parse(argv: list[str]) -> list[str]:
         _fail(str(e))
     except flags.UnrecognizedFlagError as e:
         near = difflib.get_close_matches(e.flagname, list(flags.FLAGS), n=1)
-        if "config" in flags.FLAGS and e.flagname in known:
-            near = [f"config.{e.flagname}"]
+        if "config" in flags.FLAGS:
+            keys = [key for key in known if e.flagname in (key, key.rpartition(".")[2])]
+            near = [f"config.{key}" for key in keys] or near
         hint = f"; did you mean '--{near[0]}'?" if near else ""
         _fail(f"no flag '--{e.flagname}'{hint} (--help lists them)")
     except Exception as e:  # whatever a recipe raises, and absl's own complaints
@@ -242,6 +243,10 @@ def _explain(error: BaseException, recipe: str) -> str:
     said = _last_line(error)
     if isinstance(error, UserError):
         return str(error)
+    if match := re.fullmatch(r"invalid literal for int\(\) with base 10: ('.*')", said):
+        return outer.replace(said, f"{match[1]} is no whole number")
+    if match := re.fullmatch(r"could not convert string to float: ('.*')", said):
+        return outer.replace(said, f"{match[1]} is no number")
     if "has no attribute 'get_config'" in said:
         return f"{recipe}: a recipe needs a function get_config() that returns a Config"
     if "get_config() takes" in said:
@@ -273,8 +278,11 @@ def _checked(arg: str, argv: list[str], known: dict) -> str:
         if not os.path.isfile(path):
             folder = os.path.dirname(path) or "."
             names = os.listdir(folder) if os.path.isdir(folder) else []
-            near = difflib.get_close_matches(os.path.basename(path), names, n=1)
+            names = sorted(name for name in names if name.endswith(".py"))
+            near = difflib.get_close_matches(os.path.basename(path), names, n=1, cutoff=0.7)
             hint = f"; did you mean '{os.path.join(folder, near[0])}'?" if near else ""
+            if names and not near:
+                hint = f"; there are {', '.join(names)}"
             raise UserError(f"--config: there is no recipe '{path}'{hint}")
     if match := re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", arg, re.DOTALL):
         key, value = match.groups()

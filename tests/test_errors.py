@@ -53,7 +53,7 @@ def test_a_mistyped_value_names_the_choices(corpus, tmp_path):
     message = fails(*tiny(corpus, optimizer__name="adam"), f"--workdir={tmp_path / 'run'}")
     assert "optimizer.name" in message and "adamw" in message and "muon" in message
     message = fails(*tiny(corpus, model__layers="three"), f"--workdir={tmp_path / 'run'}")
-    assert "model.layers" in message and "three" in message
+    assert "model.layers" in message and "'three' is no whole number" in message
 
 
 def test_every_wrong_field_is_named_at_once(corpus, tmp_path):
@@ -67,6 +67,10 @@ def test_a_mistyped_flag_or_recipe_names_the_nearest(corpus, tmp_path):
     assert "did you mean '--workdir'" in fails(*tiny(corpus), f"--workdri={tmp_path / 'run'}")
     message = fails("--config=configs/quikstart.py", f"--workdir={tmp_path / 'run'}")
     assert "did you mean 'configs/quickstart.py'" in message
+    message = fails("--config=configs/zzz.py", f"--workdir={tmp_path / 'run'}")
+    assert "there are answer.py, bert.py" in message
+    message = fails(*tiny(corpus), "--accumulation=3", f"--workdir={tmp_path / 'run'}")
+    assert "did you mean '--config.training.accumulation'" in message
     assert "--workdir" in fails(*tiny(corpus))
     assert "--config" in fails(f"--workdir={tmp_path / 'run'}")
 

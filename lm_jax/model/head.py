@@ -16,8 +16,8 @@ from lm_jax.sharding.mesh import activation_spec, dividing, names_in, platform, 
 # What a model does whose head knows no vocabulary.
 HEADS_WITHOUT_WORDS = {
     "none": "gives vectors (lm_jax.embed)",
-    "classify": "tells classes apart",
-    "span": "finds answers in a text",
+    "classify": "tells classes apart (lm_jax.evaluate --task)",
+    "span": "finds answers in a text (lm_jax.evaluate --task)",
 }
 
 

@@ -84,7 +84,7 @@ def _pretrained(path: str) -> str:
     if not os.path.isdir(path):
         hint = (
             "; nothing is downloaded: fetch it first"
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+            if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
             else ""
         )
         raise UserError(f"there is no folder '{path}'{hint}")

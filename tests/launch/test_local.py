@@ -85,6 +85,17 @@ def test_installs_once_and_trains_the_quickstart(checkout):
     assert checkout.installs() == [""]
 
 
+def test_an_environment_that_is_taken_from_another_checkout_is_said_to_be(checkout):
+    checkout.run("launch/local.sh")
+    state = checkout.root / ".venv" / "lm_jax-installed"
+    state.write_text(state.read_text().replace(str(checkout.root), "/other/check out", 1))
+    _, _, err = checkout.run("launch/local.sh")
+    assert (
+        f"had the code in /other/check out installed: from now on it has that in {checkout.root}"
+        in err
+    )
+
+
 @pytest.mark.parametrize(
     "given, added",
     [
