@@ -6,7 +6,11 @@ For Linux. The state is that of GPT-2 124M with AdamW, 1.5 GB, unless `--layers`
 `--vocab_size` say otherwise. Prints a table of medians and a JSON line: the rates of a save to its
 end on the disk and of a restore with nothing in the page cache, `dd`'s for the same bytes
 (fdatasync; a file out of the cache), how much longer steps beside a save take than as many without,
-and the most memory that either needs, as a multiple of the state.
+and the most memory that either needs beyond what was held before, as a multiple of the state: a
+restore's own state counts.
+
+Seen on two CPU cores: 280 MB/s saved where `dd` wrote 342, 674 MB/s restored where it read 1099;
+0.06 s until a step may follow, and 4.8 s more for 4 steps of 5.9 s each; memory 0.75 and 1.55.
 """
 
 import argparse
@@ -83,6 +87,7 @@ def main() -> None:
         parser.error("there is no /proc/self/clear_refs: this is no Linux")
     folder = pathlib.Path(flags.folder)
     folder.mkdir(parents=True)
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "131072")  # what is freed is given back
     runtime.configure()
     config = validate(
         Config(
