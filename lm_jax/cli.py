@@ -225,9 +225,9 @@ def _parse(argv: list[str]) -> list[str]:
         _fail(str(e))
     except flags.UnrecognizedFlagError as e:
         near = difflib.get_close_matches(e.flagname, list(flags.FLAGS), n=1)
-        if "config" in flags.FLAGS:
-            keys = [key for key in known if e.flagname in (key, key.rpartition(".")[2])]
-            near = [f"config.{key}" for key in keys] or near
+        leaves = (key.rpartition(".")[2] for key in known)
+        if "config" in flags.FLAGS and (e.flagname in known or e.flagname in leaves):
+            near = [f"config.{nearest_key(e.flagname)}"]
         hint = f"; did you mean '--{near[0]}'?" if near else ""
         _fail(f"no flag '--{e.flagname}'{hint} (--help lists them)")
     except Exception as e:  # whatever a recipe raises, and absl's own complaints

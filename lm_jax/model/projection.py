@@ -24,7 +24,7 @@ def saves_products(policy: Callable[..., bool]) -> Callable[..., bool]:
     save_sums = jax.checkpoint_policies.save_only_these_names(_SUMS)
 
     def save(primitive, *inputs, **params) -> bool:
-        if (spec := params.get("out_sharding")) is not None and spec.spec.unreduced:
+        if (sharding := params.get("out_sharding")) is not None and sharding.spec.unreduced:
             return False
         return policy(primitive, *inputs, **params) or save_sums(primitive, *inputs, **params)
 

@@ -6,8 +6,8 @@ turns in one run.
 
 Needs torch and transformers (the `test` extra). Weights are random, so that any length can be asked
 for. Each contender is a process of its own. Prints a table of medians and a JSON line, with the
-share of the memory's bandwidth that reading the weights once a token comes to: what else can be
-read in a second is measured by sums over an array of 512 MiB, on all cores.
+share of the memory's bandwidth that reading the weights once a token comes to. The bandwidth is
+that of a sum over an array of 512 MiB, on all cores.
 
 Seen on two CPU cores, float32, 64 tokens after 32:
 

@@ -4,8 +4,7 @@
 
 It writes a Llama of random bfloat16 weights, loads it onto simulated CPU devices that share it out,
 and exports it in float32 and in bfloat16. Nothing is downloaded. The folder for temporary files
-(TMPDIR) needs room for 6 bytes a parameter. Linux only: a peak is VmHWM of /proc/self/status, which
-is set back through /proc/self/clear_refs before each phase.
+(TMPDIR) needs room for 6 bytes a parameter. Linux only: see `resident`.
 
 It prints a table, and then the same numbers in one line of JSON. Of each phase, in bytes:
 
@@ -24,8 +23,6 @@ What they take for each shape is, some 10 MB: of models below 50M parameters the
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import multiprocessing
@@ -34,8 +31,8 @@ import pathlib
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+
+import resident
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # random_llama, and lm_jax from this checkout
@@ -56,23 +53,6 @@ def write(folder: pathlib.Path, parameters: float, shard_bytes: int) -> None:
     import random_llama
 
     random_llama.write(folder, at_least(parameters), "bfloat16", shard_bytes)
-
-
-def resident(key: str) -> int:
-    """Bytes: 'VmRSS' is resident now, 'VmHWM' was at most."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def measure(action: Callable[[], None]) -> tuple[float, int]:
-    """Seconds, and bytes by which the peak is above what was resident before."""
-    gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # what is free, but kept for later
-        trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before, start = resident("VmRSS"), time.perf_counter()
-    action()
-    return time.perf_counter() - start, resident("VmHWM") - before
 
 
 def files(folder: pathlib.Path) -> tuple[int, int]:
@@ -120,7 +100,7 @@ def run(folder: pathlib.Path, parameters: float, shard_bytes: int, devices: int)
     def load() -> None:
         held.update(jax.block_until_ready(load_parameters(str(source), model, mesh)))
 
-    seconds, beyond = measure(load)
+    seconds, beyond = resident.measure(load)
     on_devices = sum(s.data.nbytes for x in held.values() for s in x.addressable_shards)
     note("load bfloat16", seconds, beyond - on_devices, source)
     for dtype in ("float32", "bfloat16"):
@@ -129,7 +109,7 @@ def run(folder: pathlib.Path, parameters: float, shard_bytes: int, devices: int)
             with jax.set_mesh(mesh):
                 save_pretrained(str(target), model, held, dtype=dtype, max_shard_bytes=shard_bytes)
 
-        note(f"export {dtype}", *measure(export), target)
+        note(f"export {dtype}", *resident.measure(export), target)
         shutil.rmtree(target)
     return {
         "parameters": sum(x.size for x in held.values()),
@@ -148,8 +128,7 @@ def main() -> None:
     parser.add_argument("--shard_mb", type=float, default=400.0, help="the most of a file, in MB")
     parser.add_argument("--devices", type=int, default=1, help="simulated")
     args = parser.parse_args()
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        parser.error("this system has no /proc/self/clear_refs to set the peak back with")
+    resident.check(parser)
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={args.devices}"

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import pathlib
-import re
 import shutil
 import statistics
 import subprocess
@@ -29,6 +28,8 @@ sys.path[:0] = [str(ROOT)]
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+import one_device  # noqa: E402
+import resident  # noqa: E402
 
 from lm_jax import runtime  # noqa: E402
 from lm_jax.config import (  # noqa: E402
@@ -38,10 +39,7 @@ from lm_jax.config import (  # noqa: E402
     ModelConfig,
     TrainingConfig,
 )
-from lm_jax.sharding.mesh import make_mesh, to_devices  # noqa: E402
 from lm_jax.training.checkpoint import Checkpoints  # noqa: E402
-from lm_jax.training.program import jit_train_step  # noqa: E402
-from lm_jax.training.step import make_step  # noqa: E402
 from lm_jax.validation import validate  # noqa: E402
 
 
@@ -61,17 +59,6 @@ def forget(folder: pathlib.Path) -> None:
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def memory(of: str) -> int:
-    """'VmRSS' or, since `memory_from_now`, 'VmHWM', in bytes."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{of}:\s+(\d+) kB", status)[1])
-
-
-def memory_from_now() -> int:
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -83,11 +70,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="beside a save")
     parser.add_argument("--rounds", type=int, default=3)
     flags = parser.parse_args()
-    if not pathlib.Path("/proc/self/clear_refs").exists():
-        parser.error("there is no /proc/self/clear_refs: this is no Linux")
+    resident.check(parser)
     folder = pathlib.Path(flags.folder)
     folder.mkdir(parents=True)
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "131072")  # what is freed is given back
     runtime.configure()
     config = validate(
         Config(
@@ -102,19 +87,12 @@ def main() -> None:
             training=TrainingConfig(steps=10**6),
         )
     )
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    whole = np.ones((2, 256), np.int32)
-    batch = dict.fromkeys(("inputs", "targets", "segments"), whole)
-    batch["positions"] = whole.cumsum(axis=1, dtype=np.int32) - 1
-    batch["weights"] = whole.astype(np.float32)
+    mesh, step, update, state, batch = one_device.begin(config, np.ones((2, 257), np.int32))
     seen: dict[str, list[float]] = {
         name: [] for name in ("save", "restore", "dd write", "dd read", "stall", "step", "extra")
     }
     with jax.set_mesh(mesh):
-        step = make_step(config)
         abstract = jax.eval_shape(step.init)
-        update, state = jit_train_step(step, mesh), jax.jit(step.init)()
-        batch = to_devices(batch, mesh)
         size = sum(x.nbytes for x in jax.tree.leaves(state))
 
         def steps(count: int) -> float:
@@ -136,13 +114,19 @@ def main() -> None:
             file.unlink()
             alone = steps(flags.steps)
             with Checkpoints(str(run), CheckpointConfig()) as checkpoints:
-                before = memory_from_now()
-                begun = time.perf_counter()
-                checkpoints.save(1, state, {})
-                checkpoints.wait()
-                os.sync()
-                seen["save"].append(time.perf_counter() - begun)
-                needs = [memory("VmHWM") - before]
+
+                def save(checkpoints: Checkpoints = checkpoints) -> None:
+                    checkpoints.save(1, state, {})
+                    checkpoints.wait()
+                    os.sync()
+
+                def restore(checkpoints: Checkpoints = checkpoints) -> None:
+                    got, _ = checkpoints.restore(1, abstract, mesh)
+                    jax.block_until_ready(got)
+
+                seconds, beyond = resident.measure(save)
+                seen["save"].append(seconds)
+                needs = [beyond]
                 begun = time.perf_counter()
                 checkpoints.save(2, state, {})
                 seen["stall"].append(time.perf_counter() - begun)
@@ -151,13 +135,9 @@ def main() -> None:
                 seen["extra"].append(time.perf_counter() - begun - alone)
                 seen["step"].append(alone / flags.steps)
                 forget(run)
-                before = memory_from_now()
-                begun = time.perf_counter()
-                got, _ = checkpoints.restore(1, abstract, mesh)
-                jax.block_until_ready(got)
-                seen["restore"].append(time.perf_counter() - begun)
-                needs.append(memory("VmHWM") - before)
-                del got
+                seconds, beyond = resident.measure(restore)
+                seen["restore"].append(seconds)
+                needs.append(beyond)
             shutil.rmtree(run)
     shutil.rmtree(folder)
 

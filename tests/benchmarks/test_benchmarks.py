@@ -23,14 +23,14 @@ from lm_jax.interop.tokenizer_export import write_huggingface_tokenizer
 FOLDER = commands.ROOT / "tests" / "benchmarks"
 
 
+def run(name: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
+    program = [sys.executable, FOLDER / f"{name}.py", *flags]
+    return subprocess.run(program, env=commands.environment() | env, capture_output=True, text=True)
+
+
 def test_pretrained_memory(tmp_path):
     flags = ["--parameters=1e6", "--shard_mb=1", "--devices=2"]
-    done = subprocess.run(
-        [sys.executable, FOLDER / "pretrained_memory.py", *flags],
-        env=commands.environment() | {"TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    done = run("pretrained_memory", *flags, TMPDIR=str(tmp_path))
     if not pathlib.Path("/proc/self/clear_refs").exists():  # not Linux
         assert done.returncode == 2 and "no /proc/self/clear_refs" in done.stderr
         return
@@ -137,11 +137,7 @@ def test_plans_are_shown_as_a_table_and_not_compiled_again(tmp_path):
     ]
     stored = tmp_path / "plans.jsonl"
     stored.write_text("\n".join(lines) + "\n")
-    done = subprocess.run(
-        [sys.executable, FOLDER / "plans.py", f"--only={model}", f"--output={stored}"],
-        capture_output=True,
-        text=True,
-    )
+    done = run("plans", f"--only={model}", f"--output={stored}")
     assert done.returncode == 0, done.stderr
     _, _, fits, not_ = done.stdout.splitlines()
     cells = [cell.strip() for cell in fits.strip("|").split("|")]
@@ -168,11 +164,8 @@ def test_serving(tmp_path):
     random_llama.write(folder, dataclasses.replace(model, max_length=512), "float32", 10**9)
     write_huggingface_tokenizer(BytesTokenizer(), folder)
     flags = ["--clients=6", "--seconds=0.3", "--tokens=8", "--requests=4", "--slots=4"]
-    done = subprocess.run(
-        [sys.executable, FOLDER / "serving.py", f"--model={folder}", *flags],
-        env=commands.environment(cache=tmp_path / "cache"),
-        capture_output=True,
-        text=True,
+    done = run(
+        "serving", f"--model={folder}", *flags, **commands.environment(cache=tmp_path / "cache")
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -182,11 +175,6 @@ def test_serving(tmp_path):
     assert all(result["refused"].values())
     assert "Traceback" not in done.stderr
     assert "stopping: running answers may end" in done.stderr
-
-
-def run(name: str, *flags: str) -> subprocess.CompletedProcess:
-    program = [sys.executable, FOLDER / f"{name}.py", *flags]
-    return subprocess.run(program, env=commands.environment(), capture_output=True, text=True)
 
 
 def result_of(name: str, *flags: str) -> dict:
