@@ -9,8 +9,8 @@ end on the disk and of a restore with nothing in the page cache, `dd`'s for the 
 and the most memory that either needs beyond what was held before, as a multiple of the state: a
 restore's own state counts.
 
-Seen on two CPU cores: 280 MB/s saved where `dd` wrote 342, 674 MB/s restored where it read 1099;
-0.06 s until a step may follow, and 4.8 s more for 4 steps of 5.9 s each; memory 0.75 and 1.55.
+Seen on two CPU cores: 219 MB/s saved where `dd` wrote 350, 486 MB/s restored where it read 1353;
+0.05 s until a step may follow, and 6.6 s more for 4 steps of 5.2 s each; memory 0.65 and 1.73.
 """
 
 import argparse
