@@ -25,6 +25,11 @@ def layer(config) -> moe.Experts:
     return jax.tree.map(lambda x: x[0], build(config).blocks.mlp)
 
 
+@quick_jit
+def routed(experts: moe.Experts, x_BTD, real_BT):
+    return experts(x_BTD, real_BT, None)
+
+
 def dense(config, p: dict[str, jax.Array], x_BTD, real_BT):
     """Every expert works on every token; then those that were not chosen count for nothing."""
     probabilities = jax.nn.softmax(jnp.einsum("BTD,DE->BTE", x_BTD, p["router"]))
@@ -61,8 +66,8 @@ def loss_of(function):
      replace(MOE, moe=MoeConfig(5, 1, normalize_weights=False))],
     ids=["2 of 4", "3 of 8", "all of 8, not gated", "1 of 5, by probability"],
 )  # fmt: skip
-@pytest.mark.parametrize("padded", [False, True])
-def test_values_and_gradients_are_those_of_a_loop_over_all_experts(config, padded):
+def test_values_and_gradients_are_those_of_a_loop_over_all_experts(config):
+    padded = config is not EIGHT
     rng, experts = np.random.default_rng(0), layer(config)
     x_BTD = rng.standard_normal((3, T, config.width), np.float32)
     real_BT = rng.random((3, T)) < 0.6 if padded else np.ones((3, T), bool)
@@ -93,6 +98,12 @@ def test_what_unused_rows_hold_reaches_nothing():
     np.testing.assert_array_equal(back(rows_MD)[0], got)
 
 
+@functools.partial(quick_jit, static_argnums=0)
+def value_and_vjp(function, x, d):
+    value, back = jax.vjp(function, x)
+    return value, back(d)[0]
+
+
 def test_every_gather_has_the_gradient_that_jax_would_give_it():
     rng = np.random.default_rng(0)
     chosen_NK = jnp.asarray(np.argsort(rng.random((9, 6)))[:, :3], jnp.int32)
@@ -112,12 +123,14 @@ def test_every_gather_has_the_gradient_that_jax_would_give_it():
         ),
     }
     for ours, (theirs, x, counted) in plain.items():
-        x = jnp.asarray(x, jnp.float32)
-        got, back = jax.vjp(lambda x, ours=ours: ours(x, order), x)
-        want, back_plain = jax.vjp(theirs, x)
+        x = x.astype(np.float32)
+        shape = jax.eval_shape(theirs, x).shape
+        d = np.where(counted, rng.standard_normal(shape), 0).astype(np.float32)
+        (got, gradient), (want, gradient_of_plain) = (
+            value_and_vjp(f, x, d) for f in (lambda x, ours=ours: ours(x, order), theirs)
+        )
         np.testing.assert_allclose(got * counted, want * counted, rtol=1e-6)
-        d = jnp.where(counted, rng.standard_normal(want.shape), 0).astype(jnp.float32)
-        np.testing.assert_allclose(back(d)[0], back_plain(d)[0], rtol=1e-5)
+        np.testing.assert_allclose(gradient, gradient_of_plain, rtol=1e-5)
 
 
 def test_no_token_is_dropped_where_all_want_the_same():
@@ -126,7 +139,7 @@ def test_no_token_is_dropped_where_all_want_the_same():
     one = jnp.zeros_like(experts.router.get_value()).at[:, 2].set(1.0)
     p = params_lib.split(experts) | {"router": one}
     x_BTD = jnp.abs(np.random.default_rng(0).standard_normal((2, T, config.width), np.float32))
-    y_BTD, sums = params_lib.bind(experts, p)(x_BTD, None, None)
+    y_BTD, sums = routed(params_lib.bind(experts, p), x_BTD, None)
     assert sums.load_E.tolist() == [0, 0, 2 * T, 0]
     np.testing.assert_allclose(y_BTD, dense(config, p, x_BTD, np.ones((2, T), bool)), atol=1e-5)
 
@@ -143,10 +156,10 @@ def test_the_balance_loss_is_least_where_all_experts_are_used_alike():
 
 def test_the_sums_are_those_of_real_tokens():
     experts, rng = layer(EIGHT), np.random.default_rng(0)
-    x_BTD = jnp.asarray(rng.standard_normal((2, T, EIGHT.width), np.float32))
+    x_BTD = rng.standard_normal((2, T, EIGHT.width), np.float32)
     real_BT = rng.random((2, T)) < 0.5
-    _, some = experts(x_BTD, real_BT, None)
-    _, alone = experts(x_BTD[real_BT][None], None, None)
+    _, some = routed(experts, x_BTD, real_BT)
+    _, alone = routed(experts, x_BTD[real_BT][None], None)
     for got, want in zip(some, alone):
         np.testing.assert_allclose(got, want, rtol=1e-5)
     assert some.load_E.sum() == 3 * real_BT.sum()
@@ -175,7 +188,7 @@ def on_one_device():
 
 @pytest.mark.parametrize(
     "axes",
-    [(1, 1, 1, 1, 8), (1, 1, 2, 1, 4), (1, 2, 2, 1, 2), (1, 2, 1, 2, 2), (1, 1, 2, 2, 2)],
+    [(1, 1, 1, 1, 8), (1, 2, 2, 1, 2), (1, 1, 2, 2, 2)],
     ids=str,
 )
 def test_eight_devices_compute_what_one_does(axes):

@@ -45,12 +45,9 @@ def trained(steps: int = COMPARED, axes: tuple[int, ...] = (1, 1, 1), **training
     return metrics, compared
 
 
-@pytest.mark.parametrize(
-    "axes, accumulation", [((1, 1, 1), 4), ((1, 2, 1, 1, 4), 1), ((1, 1, 2, 1, 2), 2)], ids=str
-)
-def test_neither_micro_batches_nor_a_mesh_change_anything(axes, accumulation):
+def test_neither_micro_batches_nor_a_mesh_change_anything():
     """Not the load either: it is that of the whole batch."""
-    got, parameters = trained(axes=axes, accumulation=accumulation)
+    got, parameters = trained(axes=(1, 2, 2, 1, 2), accumulation=2)
     want, want_parameters = trained(STEPS)
     for a, b in zip(got, want):
         assert a.keys() == b.keys() > LOSSES.keys()

@@ -61,19 +61,22 @@ def on_one_device(optimizer: str, steps: int):
 
 
 @pytest.mark.parametrize(
-    "axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 2, 2), (1, 1, 1, 4, 2)], ids=str
+    "axes, accumulation", [((2, 2, 2), 2), ((1, 2, 1, 2, 2), 1), ((1, 1, 2, 2, 2), 1)], ids=str
 )
-def test_eight_devices_learn_as_one_does(axes):
-    config = run_config(SMALL, optimizer=FAST, training={"steps": 20})
+def test_eight_devices_learn_as_one_does(axes, accumulation):
+    """Each axis is there beside each of the first three, or beside those that split lengths. With
+    micro-batches, rows are dealt to them so that each device keeps its own."""
+    training = {"accumulation": accumulation, "steps": 20}
+    config = run_config(SMALL, optimizer=FAST, training=training)
     want = on_one_device("adamw", 20)
     got, _ = losses(config, axes, 20)
     assert want[0] - want[-1] > 0.2  # it learns
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-@pytest.mark.parametrize("narrowest", [1, 1000])
-def test_tokens_are_looked_up_alike_in_a_split_and_in_a_gathered_table(narrowest, monkeypatch):
-    monkeypatch.setattr(transformer, "_NARROWEST", narrowest)
+def test_tokens_are_looked_up_alike_in_a_split_and_in_a_gathered_table(monkeypatch):
+    assert SMALL.width < transformer._NARROWEST  # it is gathered in the test before
+    monkeypatch.setattr(transformer, "_NARROWEST", 1)
     config = run_config(SMALL, optimizer=FAST, training={"steps": 20})
     got, _ = losses(config, (1, 2, 1, 2, 2), 4)
     np.testing.assert_allclose(got, on_one_device("adamw", 20)[:4], atol=1e-4)
@@ -104,7 +107,7 @@ def test_micro_batches_have_unequal_numbers_of_tokens():
     assert len({float(weights[i::4].sum()) for i in range(4)}) > 2
 
 
-@pytest.mark.parametrize("accumulation, chunk", [(4, T), (8, T), (4, 4), (1, 4)])
+@pytest.mark.parametrize("accumulation, chunk", [(4, 4), (8, T)])
 def test_accumulation_and_chunks_change_nothing(accumulation, chunk):
     want, want_metrics = in_parts(1, T)
     got, metrics = in_parts(accumulation, chunk)
@@ -118,13 +121,6 @@ def test_accumulation_and_chunks_change_nothing(accumulation, chunk):
             np.testing.assert_allclose(a[key], b[key], rtol=1e-5, err_msg=key)
     for name, x in want.items():
         np.testing.assert_allclose(got[name], x, atol=3e-5, err_msg=name)
-
-
-def test_accumulation_on_a_mesh_changes_nothing():
-    """Rows are dealt to micro-batches so that each device keeps its own."""
-    config = run_config(SMALL, optimizer=FAST, training={"accumulation": 2, "steps": 20})
-    got, _ = losses(config, (2, 2, 2), 4)
-    np.testing.assert_allclose(got, on_one_device("adamw", 20)[:4], atol=1e-5)
 
 
 def test_metrics_are_those_of_the_batch():
