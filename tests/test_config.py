@@ -12,7 +12,8 @@ import lm_jax
 from lm_jax.config import Config, differences, nearest_key, walk
 from lm_jax.config_json import from_json, to_json
 from lm_jax.errors import UserError
-from lm_jax.model.transformer import ACTIVATIONS, REMAT_POLICIES
+from lm_jax.model.activations import ACTIVATIONS
+from lm_jax.model.remat import REMAT_POLICIES
 from lm_jax.sharding.mesh import AXES
 from lm_jax.validation import validate
 

@@ -21,10 +21,9 @@ import numpy as np
 
 from lm_jax.errors import UserError
 from lm_jax.generation.batching import SMALLEST_BUCKET, bucket, padded
-from lm_jax.generation.reading import read
+from lm_jax.generation.reading import Model, advance, read
 from lm_jax.generation.sampling import without_padding
 from lm_jax.model.cache import AXES, Cache
-from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, reshard
 
 _DEAD = -1e9  # the score of a beam that is none yet
@@ -59,7 +58,7 @@ class BeamSearch:
 
 
 def search(
-    model: Transformer,
+    model: Model,
     prompts: Sequence[np.ndarray],
     budgets: Sequence[int],
     settings: BeamSearch,
@@ -83,15 +82,11 @@ def search(
     tokens_BT, lengths_B = padded(prompts, rows, limit)
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     slots = min(bucket(longest + most), limit)
+    span = np.array([shortest, longest], np.int32)
+    stops = np.array(sorted(stop_ids), np.int32)
+    logits_BV, cache = read(model, tokens_BT, lengths_B, -(-slots // _BLOCK) * _BLOCK)
     found, state = _start(
-        model,
-        tokens_BT,
-        lengths_B,
-        np.array([shortest, longest], np.int32),
-        stops := np.array(sorted(stop_ids), np.int32),
-        W=settings.beams,
-        slots=-(-slots // _BLOCK) * _BLOCK,
-        vocab_size=vocab_size,
+        logits_BV, cache, lengths_B, span, stops, W=settings.beams, vocab_size=vocab_size
     )
     hopes = [_Hypotheses(settings, budget, stop_ids) for budget in budgets]
     for n in range(most):
@@ -176,21 +171,19 @@ class State(NamedTuple):
     span: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("W", "slots", "vocab_size"))
+@functools.partial(jax.jit, static_argnames=("W", "vocab_size"))
 def _start(
-    model: Transformer,
-    tokens_BT: jax.Array,
+    logits_BV: jax.Array,
+    cache: Cache,
     lengths_B: jax.Array,
     span: jax.Array,
     stop_ids: jax.Array,
     *,
     W: int,
-    slots: int,
     vocab_size: int,
 ) -> tuple[Candidates, State]:
-    """Reads the prompts, once each, and begins their beams."""
-    B = len(lengths_B)
-    x_BD, cache = read(model, tokens_BT, lengths_B, slots)
+    """Begins the beams of prompts that have been read."""
+    B, V = logits_BV.shape
 
     def repeated(x_LBKSH: jax.Array) -> jax.Array:
         L, _, K, S, H = x_LBKSH.shape
@@ -205,8 +198,6 @@ def _start(
     score_BW = jnp.where(jnp.arange(W)[None] == 0, jnp.zeros((B, 1)), _DEAD)
     score_BW = reshard(score_BW, activation_spec("batch", None))
     position_B = reshard(lengths_B, activation_spec("batch"))
-    logits_BV = model.logits(x_BD[:, None])[:, 0]
-    V = logits_BV.shape[1]
     logits_BWV = jnp.broadcast_to(
         logits_BV[:, None], (B, W, V), out_sharding=activation_spec("batch", None, "vocab")
     )
@@ -217,23 +208,40 @@ def _start(
     return _choose(logits_RV, score_BW, stop_ids, vocab_size, cache, position_B, span)
 
 
-@functools.partial(jax.jit, static_argnames=("vocab_size",), donate_argnames=("state",))
 def _advance(
-    model: Transformer, state: State, stop_ids: jax.Array, *, vocab_size: int
+    model: Model, state: State, stop_ids: jax.Array, *, vocab_size: int
 ) -> tuple[Candidates, State]:
     """Puts each beam's newest token in the cache and looks for the next."""
-    B, W = state.token_BW.shape
-    rows = activation_spec("batch", None)
-    cache = _of_parents(state.cache, state.parent_BW, state.span)
-    token_R1 = jax.lax.reshape(state.token_BW, (B * W, 1), out_sharding=rows)
-    position_BW = jnp.broadcast_to(state.position_B[:, None], (B, W), out_sharding=rows)
-    position_R1 = jax.lax.reshape(position_BW, (B * W, 1), out_sharding=rows)
-    x_R1D, cache = model(token_R1, positions_BT=position_R1, cache=cache)
-    logits_RV = model.logits(x_R1D)[:, 0]
+    cache, token_R, position_R = _of_beams(
+        state.cache, state.parent_BW, state.token_BW, state.position_B, state.span
+    )
+    logits_RV, cache = advance(model, token_R, position_R, cache)
+    rest = state.score_BW, state.position_B, state.span
+    return _choose_next(logits_RV, cache, *rest, stop_ids, vocab_size, model.config.max_length)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _of_beams(cache: Cache, parent_BW, token_BW, position_B, span):
+    """The cache with each beam's slots those of its parent; its newest token, and its position."""
+    B, W = token_BW.shape
+    token_R = jax.lax.reshape(token_BW, (B * W,), out_sharding=activation_spec("batch"))
+    position_BW = jnp.broadcast_to(
+        position_B[:, None], (B, W), out_sharding=activation_spec("batch", None)
+    )
+    position_R = jax.lax.reshape(position_BW, (B * W,), out_sharding=activation_spec("batch"))
+    return _of_parents(cache, parent_BW, span), token_R, position_R
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("vocab_size", "max_length"),
+    donate_argnames="cache",
+)
+def _choose_next(logits_RV, cache, score_BW, position_B, span, stop_ids, vocab_size, max_length):
     # Prompts that are done go on, unheard, in their last slot.
-    position_B = jnp.minimum(state.position_B + 1, model.config.max_length - 1)
-    span = jnp.minimum(state.span + jnp.array([0, 1], jnp.int32), cache.length)
-    return _choose(logits_RV, state.score_BW, stop_ids, vocab_size, cache, position_B, span)
+    position_B = jnp.minimum(position_B + 1, max_length - 1)
+    span = jnp.minimum(span + jnp.array([0, 1], jnp.int32), cache.length)
+    return _choose(logits_RV, score_BW, stop_ids, vocab_size, cache, position_B, span)
 
 
 def _of_parents(cache: Cache, parent_BW: jax.Array, span: jax.Array) -> Cache:

@@ -20,11 +20,12 @@ import numpy as np
 from lm_jax.errors import UserError
 from lm_jax.generation.batching import bucket, by_length, padded, rows_of
 from lm_jax.generation.beam import BeamSearch, search
-from lm_jax.generation.reading import check_ids, read
+from lm_jax.generation.reading import Model, advance, check_ids, read
 from lm_jax.generation.sampling import Knobs, Sampling, next_tokens, row_keys
 from lm_jax.generation.text import TextStream
 from lm_jax.model.cache import Cache
 from lm_jax.model.head import HEADS_WITHOUT_WORDS
+from lm_jax.model.layered import for_generation
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, reshard
 
@@ -97,6 +98,7 @@ class Generator:
                 f" {config.vocab_size}: they do not belong together"
             )
         self.model, self.tokenizer = model, tokenizer
+        self._form = for_generation(model)
 
     def generate(
         self,
@@ -164,7 +166,7 @@ class Generator:
         on_end = _counting(on_done)
         for active in batches:
             found = search(
-                self.model,
+                self._form,
                 [row.ids for row in active],
                 [row.budget for row in active],
                 settings,
@@ -239,7 +241,7 @@ class Generator:
             if seen_BV is not None:
                 seen_BV[r, row.ids] = True
         newest, state = prefill(
-            self.model,
+            self._form,
             tokens_BT,
             Rows(np.zeros(B, np.int32), lengths_B, index_B, np.uint32(seed), knobs),
             seen_BV,
@@ -250,7 +252,7 @@ class Generator:
             # The next step is on its way before this one's tokens are waited for.
             drawn_B = newest.token_B
             if n + 1 < most:
-                newest, state = step(self.model, newest, state, vocab_size=vocab_size)
+                newest, state = step(self._form, newest, state, vocab_size=vocab_size)
             for row, token in zip(active, jax.device_get(drawn_B).tolist()):
                 if row.finish_reason is not None:
                     continue
@@ -301,9 +303,8 @@ def _counting(on_done: Callable[[int], None] | None) -> Callable[[], None] | Non
     return on_done and (lambda: on_done(next(count)))
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "vocab_size"))
 def prefill(
-    model: Transformer,
+    model: Model,
     tokens_BT: jax.Array,
     rows: Rows,
     seen_BV: jax.Array | None,
@@ -320,36 +321,27 @@ def prefill(
       seen_BV: bool, the tokens of each prompt, for the penalty.
       slots: of the cache, at least T.
     """
-    x_BD, cache = read(model, tokens_BT, rows.position_B, slots)
-    rows, seen_BV = draw_tokens(scores(model, x_BD), rows, seen_BV, vocab_size)
+    logits_BV, cache = read(model, tokens_BT, rows.position_B, slots)
+    rows, seen_BV = draw_tokens(logits_BV, rows, seen_BV, vocab_size)
     return rows, State(cache, seen_BV)
 
 
-@functools.partial(jax.jit, static_argnames=("vocab_size",), donate_argnames=("state",))
-def step(model: Transformer, rows: Rows, state: State, *, vocab_size: int) -> tuple[Rows, State]:
+def step(model: Model, rows: Rows, state: State, *, vocab_size: int) -> tuple[Rows, State]:
     """Puts the newest token of each row in the cache and draws the one after it."""
     logits_BV, cache = advance(model, rows.token_B, rows.position_B, state.cache)
-    # Rows that are done go on, unheard, in the last slot.
-    rows = rows._replace(position_B=jnp.minimum(rows.position_B + 1, cache.length - 1))
-    rows, seen_BV = draw_tokens(logits_BV, rows, state.seen_BV, vocab_size)
+    rows, seen_BV = _draw_next(logits_BV, rows, state.seen_BV, vocab_size, cache.length)
     return rows, State(cache, seen_BV)
 
 
-def scores(model: Transformer, x_BD: jax.Array) -> jax.Array:
-    """float32 [B, V], of what follows each row."""
-    return model.logits(x_BD[:, None])[:, 0]
+@functools.partial(jax.jit, static_argnames=("vocab_size", "slots"), donate_argnames="seen_BV")
+def _draw_next(logits_BV, rows: Rows, seen_BV, vocab_size: int, slots: int):
+    """The tokens behind the newest ones, at the positions behind theirs."""
+    # Rows that are done go on, unheard, in the last slot.
+    rows = rows._replace(position_B=jnp.minimum(rows.position_B + 1, slots - 1))
+    return draw_tokens(logits_BV, rows, seen_BV, vocab_size)
 
 
-def advance(
-    model: Transformer, token_B: jax.Array, position_B: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
-    """Puts a token of each row in the cache, and gives the scores [B, V] of what follows."""
-    token_B1 = reshard(token_B, activation_spec("batch"))[:, None]
-    position_B1 = reshard(position_B, activation_spec("batch"))[:, None]
-    x_B1D, cache = model(token_B1, positions_BT=position_B1, cache=cache)
-    return scores(model, x_B1D[:, 0]), cache
-
-
+@functools.partial(jax.jit, static_argnames="vocab_size")
 def draw_tokens(
     logits_BV: jax.Array, rows: Rows, seen_BV: jax.Array | None, vocab_size: int
 ) -> tuple[Rows, jax.Array | None]:

@@ -11,7 +11,6 @@ scan or one by one, so that a checkpoint does not depend on it.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,8 @@ from lm_jax.model.dropout import dropout
 from lm_jax.model.head import ClassHead, Head
 from lm_jax.model.moe import RouterSums
 from lm_jax.model.parameters import constant, normal, use
-from lm_jax.model.projection import project, saves_products
+from lm_jax.model.projection import project
+from lm_jax.model.remat import REMAT_POLICIES
 from lm_jax.model.rope import rope_tables
 from lm_jax.sharding.mesh import (
     activation_spec,
@@ -39,34 +39,6 @@ from lm_jax.sharding.mesh import (
     parameter_spec,
     reshard,
 )
-
-_P = jax.checkpoint_policies
-_HEADS = "query", "key", "value", "attention"  # names given in `lm_jax.model.block` and kernels
-# What the forward pass keeps of each block for the backward pass, from most to least; what it does
-# not keep is computed again. 'none': everything. 'all_dots': the outputs of all products, but for
-# experts', whose buffers are of the largest size there may be; 'dots': of those without a batch
-# axis, which are the projections, and of attention. 'heads': queries, keys and values, and what
-# attention makes of them. 'attention': the latter alone. 'full': the block's input alone;
-# 'offload' keeps that in the host's memory.
-REMAT_POLICIES: dict[str, Callable | None] = {
-    "none": None,
-    "all_dots": _P.save_from_both_policies(
-        saves_products(_P.dots_saveable), _P.save_only_these_names("attention")
-    ),
-    "dots": _P.save_from_both_policies(
-        saves_products(_P.dots_with_no_batch_dims_saveable), _P.save_only_these_names("attention")
-    ),
-    "heads": _P.save_only_these_names("input", *_HEADS),
-    "attention": _P.save_only_these_names("input", "attention"),
-    "full": _P.save_only_these_names("input"),
-    "offload": _P.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["input"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
-
 
 # Columns of the embedding that a device looks up, at least: half of a TPU's 128 lanes.
 _NARROWEST = 64
@@ -178,26 +150,56 @@ class Transformer(nnx.Module):
         self,
         tokens_BT: jax.Array,
         *,
+        cache: kv.Cache | None = None,
+        dropout_key: jax.Array | None = None,
+        capture: bool = False,
+        **inputs: jax.Array | None,
+    ):
+        """As `forward`, and the last two results of `capture`, or None, behind."""
+        c = self.config
+        slots = None if cache is None else cache.length
+        x_BTD, context = self.begin(tokens_BT, slots=slots, capture=capture, **inputs)
+        keys = None
+        if dropout_key is not None and c.dropout:
+            embed_key, layers_key = jax.random.split(dropout_key)
+            x_BTD = dropout(x_BTD, c.dropout, embed_key)
+            keys = jax.random.split(layers_key, c.layers)
+        x_BTD, cache, router, captured = self._run_blocks(x_BTD, context, cache, keys)
+        if captured is not None:
+            streams_LBTD, weights_LBNTS = captured
+            captured = jnp.concatenate([streams_LBTD, x_BTD[None]]), weights_LBNTS
+        return self.finish(x_BTD), cache, router, captured
+
+    def begin(
+        self,
+        tokens_BT: jax.Array,
+        *,
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         types_BT: jax.Array | None = None,
         prefix_BT: jax.Array | None = None,
-        cache: kv.Cache | None = None,
-        dropout_key: jax.Array | None = None,
+        slots: int | None = None,
         capture: bool = False,
-    ):
-        """As `forward`, and the last two results of `capture`, or None, behind."""
+    ) -> tuple[jax.Array, Context]:
+        """What comes before the first block: the embeddings, [B, T, D] of the compute dtype, and
+        what all blocks share.
+
+        Args:
+          slots: of the cache; None: there is none.
+          capture: whether blocks are to say how attention weighs the tokens.
+          The others: see `forward`.
+        """
         c = self.config
         T = tokens_BT.shape[1]
-        if cache is not None and (segments_BT is not None or not c.causal):
+        if slots is not None and (segments_BT is not None or not c.causal):
             raise ValueError("a cache needs a causal model and one document a row")
         if prefix_BT is not None and not c.prefix_attention:
             raise ValueError("prefix_BT: this model has no prefix attention")
-        cached_prompt = c.prefix_attention and cache is not None and T > 1
+        cached_prompt = c.prefix_attention and slots is not None and T > 1
         if cached_prompt and (prefix_BT is None or positions_BT is not None):
             raise ValueError("a cached prompt needs its prefix_BT, and no other positions")
-        length = None if cache is not None else dividing("length", T)
-        residual = None if cache is not None else dividing("residual", T) or length
+        length = None if slots is not None else dividing("length", T)
+        residual = None if slots is not None else dividing("residual", T) or length
         order_BT = jnp.arange(T)[None]
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(order_BT, tokens_BT.shape)
@@ -206,13 +208,13 @@ class Transformer(nnx.Module):
             whole = activation_spec("batch", None)
             segments = None if segments_BT is None else reshard(segments_BT, whole)
             key_prefix = prefix_of(reshard(prefix_BT, whole).astype(bool), segments)
-            if cache is not None:
-                key_prefix = jnp.pad(key_prefix, ((0, 0), (0, cache.length - T)))
+            if slots is not None:
+                key_prefix = jnp.pad(key_prefix, ((0, 0), (0, slots - T)))
         mask = functools.partial(
             attention_mask,
             causal=c.causal,
-            query_index=order_BT if cache is None else positions_BT,
-            key_length=T if cache is None else cache.length,
+            query_index=order_BT if slots is None else positions_BT,
+            key_length=T if slots is None else slots,
             query_segments=segments_BT,
             key_segments=None
             if segments_BT is None
@@ -221,7 +223,7 @@ class Transformer(nnx.Module):
         )
         windows, _ = layer_kinds(c)
         # A cached step has a query of one token or a few: nothing for a fused kernel to gain.
-        plain = capture or cache is not None
+        plain = capture or slots is not None
         backend = "xla" if plain else resolve_backend(c, T)
         context = Context(
             positions_BT=positions_BT,
@@ -256,16 +258,7 @@ class Transformer(nnx.Module):
             raise ValueError("types_BT: this model has no token types")
         if c.norm_placement == "post":
             x_BTD = self.norm(x_BTD)
-        keys = None
-        if dropout_key is not None and c.dropout:
-            embed_key, layers_key = jax.random.split(dropout_key)
-            x_BTD = dropout(x_BTD, c.dropout, embed_key)
-            keys = jax.random.split(layers_key, c.layers)
-        x_BTD, cache, router, captured = self._run_blocks(x_BTD, context, cache, keys)
-        if captured is not None:
-            streams_LBTD, weights_LBNTS = captured
-            captured = jnp.concatenate([streams_LBTD, x_BTD[None]]), weights_LBNTS
-        return self.finish(x_BTD), cache, router, captured
+        return x_BTD, context
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
         """The hidden states that the residual stream becomes after the last block."""
@@ -292,6 +285,21 @@ class Transformer(nnx.Module):
         ))  # fmt: skip
         found = P(*rows, width or None)
         return table_VD.at[reshard(tokens_BT, rows)].get(out_sharding=found)
+
+    @property
+    def outer(self) -> "Transformer":
+        """What has what is before and behind the blocks: itself."""
+        return self
+
+    def run_blocks(
+        self, x_BTD: jax.Array, context: Context, cache: kv.Cache
+    ) -> tuple[jax.Array, kv.Cache]:
+        """The residual stream [B, T, D] behind the last block, and the cache with these tokens.
+
+        Args:
+          x_BTD, context: of `begin`.
+        """
+        return self._run_blocks(x_BTD, context, cache, None)[:2]
 
     def _run_blocks(self, x_BTD, context, cache, keys):
         c = self.config

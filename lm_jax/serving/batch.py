@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm_jax.config import ModelConfig
 from lm_jax.generation.batching import bucket, padded
-from lm_jax.generation.decoding import Rows, advance, draw_tokens, scores
-from lm_jax.generation.reading import read
+from lm_jax.generation.decoding import Rows, draw_tokens
+from lm_jax.generation.reading import advance, read
 from lm_jax.generation.sampling import Sampling, knobs_of
 from lm_jax.model.cache import AXES, Cache, init_cache
+from lm_jax.model.layered import for_generation
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, reshard
 
@@ -63,7 +65,8 @@ class Batch:
           rows: the most sequences at a time.
           max_length: the longest sequence, prompt included; at most the model's.
         """
-        self._model, self._vocab_size, self._max_length = model, vocab_size, max_length
+        self._model, self._vocab_size = for_generation(model), vocab_size
+        self._max_length = max_length
         self._sizes = [4**n for n in range(16) if 4**n < rows] + [rows]
         self._places: list[Entry | None] = []  # by row
         self._state: State | None = None
@@ -86,8 +89,8 @@ class Batch:
         seen_1V[0, entry.ids] = True
         entry.position = length
         rows = _rows([entry], np.zeros(1, np.int32))
-        logits_1V, cache = _read(self._model, tokens_1T, length_1)
-        token_1, seen_1V = _draw(logits_1V, rows, seen_1V, self._vocab_size)
+        logits_1V, cache = read(self._model, tokens_1T, length_1, tokens_1T.shape[1])
+        (token_1, *_), seen_1V = draw_tokens(logits_1V, rows, seen_1V, self._vocab_size)
         if None not in self._places or self._slots < tokens_1T.shape[1]:
             self._resize(self.count + 1, max(length + 1, tokens_1T.shape[1]))
         row = self._places.index(None)
@@ -120,11 +123,13 @@ class Batch:
         if self._knobs is None:
             self._knobs = _rows(self._places, np.zeros(len(self._places), np.int32))
         position_R = np.array([s.position if s else 0 for s in self._places], np.int32)
-        logits_RV, cache = _advance(self._model, self._state.token_R, position_R, self._state.cache)
+        logits_RV, cache = advance(self._model, self._state.token_R, position_R, self._state.cache)
         rows = self._knobs._replace(position_B=position_R + 1)
         seen_RV = self._state.seen_RV
         penalty = rows.knobs.repetition_penalty_B is not None
-        token_R, new_RV = _draw(logits_RV, rows, seen_RV if penalty else None, self._vocab_size)
+        (token_R, *_), new_RV = draw_tokens(
+            logits_RV, rows, seen_RV if penalty else None, self._vocab_size
+        )
         self._state = State(cache, token_R, new_RV if penalty else seen_RV)
         for entry in filter(None, self._places):
             entry.position += 1
@@ -163,7 +168,7 @@ class Batch:
         order = there + [0] * (R - len(there))
         self._places = [self._places[i] for i in there] + [None] * (R - len(there))
         if self._state is None:
-            self._state = _empty(self._model, R, S)
+            self._state = _empty(self._model.config, R, S)
         else:
             self._state = _moved(self._state, np.array(order, np.int32), S)
         self._knobs, self._too_large_for = None, 0
@@ -180,26 +185,8 @@ def _rows(entries: Sequence[Entry | None], zeros: np.ndarray) -> Rows:
     )
 
 
-@jax.jit
-def _read(model: Transformer, tokens_1T: jax.Array, length_1: jax.Array):
-    x_1D, cache = read(model, tokens_1T, length_1, slots=tokens_1T.shape[1])
-    return scores(model, x_1D), cache
-
-
-@functools.partial(jax.jit, donate_argnames=("cache",))
-def _advance(model: Transformer, token_R: jax.Array, position_R: jax.Array, cache: Cache):
-    return advance(model, token_R, position_R, cache)
-
-
-@functools.partial(jax.jit, static_argnames=("vocab_size",))
-def _draw(logits_RV: jax.Array, rows: Rows, seen_RV: jax.Array | None, vocab_size: int):
-    rows, seen_RV = draw_tokens(logits_RV, rows, seen_RV, vocab_size)
-    return rows.token_B, seen_RV
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _empty(model: Transformer, R: int, S: int) -> State:
-    c = model.config
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(c: ModelConfig, R: int, S: int) -> State:
     seen_RV = jnp.zeros((R, c.vocab_size), bool, out_sharding=activation_spec(None, None))
     token_R = jnp.zeros(R, jnp.int32, out_sharding=activation_spec(None))
     return State(init_cache(c, R, S), token_R, seen_RV)

@@ -35,8 +35,9 @@ from lm_jax.model import flops, parameters, transformer
 from lm_jax.model.attention import attention, attention_mask, resolve_backend
 from lm_jax.model.cache import init_cache, update
 from lm_jax.model.dropout import dropout
+from lm_jax.model.remat import REMAT_POLICIES
 from lm_jax.model.rope import apply_rope, rope_frequencies, rope_tables
-from lm_jax.model.transformer import REMAT_POLICIES, Transformer
+from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import PARAMETER_RULES
 from lm_jax.training.loss import batch_loss
 from lm_jax.training.optimizer import check_rules

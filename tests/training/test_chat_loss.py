@@ -1,7 +1,6 @@
 """What an assistant says costs in training what it is improbable by when the model is asked."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -14,8 +13,7 @@ from lm_jax.data.encoding import by_turn, prompt_within
 from lm_jax.data.loader import train_stream
 from lm_jax.data.sources import documents
 from lm_jax.data.tokenizer_base import BytesTokenizer
-from lm_jax.generation.decoding import advance, scores
-from lm_jax.generation.reading import read
+from lm_jax.generation.reading import advance, read
 from lm_jax.training.loss import batch_loss
 
 BYTES = BytesTokenizer()
@@ -23,12 +21,7 @@ SAID = ("hello", "Good day.", "who is it?", "It is me.", "ah", "Yes")
 MODEL = dataclasses.replace(LLAMA, vocab_size=258, max_length=128)
 
 
-@functools.partial(quick_jit, static_argnames=("slots",))
-def begin(model, tokens_BT, lengths_B, slots):
-    x_BD, cache = read(model, tokens_BT, lengths_B, slots)
-    return scores(model, x_BD), cache
-
-
+begin = quick_jit(read, static_argnames="slots")
 go_on = quick_jit(advance)
 
 

@@ -1,0 +1,61 @@
+"""A model whose blocks run one by one gives what the model gives that they are of."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import GEMMA, GPT2, LLAMA, LORA, MOE, V, build, placed
+
+from lm_jax.generation.reading import advance, read
+from lm_jax.model.layered import Layered, for_generation
+
+
+@pytest.mark.parametrize(
+    ("config", "axes"),
+    [
+        (GPT2, None),
+        (dataclasses.replace(LLAMA, dtype="bfloat16"), None),
+        (dataclasses.replace(LLAMA, prefix_attention=True), None),
+        (GEMMA, (1, 1, 1)),
+        (MOE, None),
+        (LORA, None),
+    ],
+    ids=["gpt2", "bfloat16", "prefix", "windows, on a mesh", "experts", "adapters"],
+)
+def test_blocks_apart_are_the_model(config, axes):
+    lengths = np.array([3, 7, 5], np.int32)
+    ids = np.random.default_rng(1).integers(0, V, (3, 8), dtype=np.int32)
+    with placed(build(config), axes) as model:
+        found = []
+        for form in (model, Layered(model)):
+            logits, cache = read(form, ids, lengths, 12)
+            all_logits = [logits]
+            for n in range(3):
+                logits, cache = advance(form, ids[:, n], lengths + n, cache)
+                all_logits.append(logits)
+            found.append(np.stack(all_logits))
+        close = {"atol": 1e-5} if config.dtype == "float32" else {"atol": 0.05}
+        np.testing.assert_allclose(found[1], found[0], **close)
+        assert np.ptp(found[0]) > 1
+
+
+def test_what_is_apart_is_no_copy():
+    """Of weights whose parts begin where XLA wants an array to begin."""
+    model = build(GPT2)
+    apart = Layered(model)
+    assert apart.outer.embedding is model.embedding and model.blocks is not None
+    stacked = [np.from_dlpack(x) for x in jax.tree.leaves(model.blocks)]
+    for layer, (weights, *_) in enumerate(apart._layers):
+        for whole, part in zip(stacked, weights, strict=True):
+            np.testing.assert_array_equal(part, whole[layer])
+            aligned = whole[layer].ctypes.data % 64 == 0
+            assert np.shares_memory(np.from_dlpack(part), whole) == aligned
+            assert aligned or whole[layer].nbytes < 1024
+
+
+def test_a_model_is_apart_on_one_cpu_alone():
+    model = build(GPT2)
+    assert isinstance(for_generation(model), Layered)
+    with placed(model, (2, 1, 1)) as shared:
+        assert for_generation(shared) is shared
