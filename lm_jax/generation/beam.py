@@ -204,7 +204,7 @@ def _start(
     logits_RV = jax.lax.reshape(
         logits_BWV, (B * W, V), out_sharding=activation_spec("batch", "vocab")
     )
-    cache = Cache(*map(repeated, cache))
+    cache = jax.tree.map(repeated, cache)
     return _choose(logits_RV, score_BW, stop_ids, vocab_size, cache, position_B, span)
 
 
@@ -247,7 +247,7 @@ def _choose_next(logits_RV, cache, score_BW, position_B, span, stop_ids, vocab_s
 def _of_parents(cache: Cache, parent_BW: jax.Array, span: jax.Array) -> Cache:
     """The cache with each beam's slots those of its parent, as far as they differ."""
 
-    def local(k_LRKSH, v_LRKSH, parent_BW, span):
+    def local(cache, parent_BW, span):
         B, W = parent_BW.shape
         from_R = (jnp.arange(B)[:, None] * W + parent_BW).reshape(-1)
 
@@ -259,16 +259,16 @@ def _of_parents(cache: Cache, parent_BW: jax.Array, span: jax.Array) -> Cache:
         return jax.lax.fori_loop(
             span[0] // _BLOCK,
             -(-span[1] // _BLOCK),
-            lambda block, both: tuple(move(block, x) for x in both),
-            (k_LRKSH, v_LRKSH),
+            lambda block, cache: jax.tree.map(functools.partial(move, block), cache),
+            cache,
         )
 
     spec = activation_spec(*AXES)
     if spec is not None:  # a prompt's beams are on one device: no row has to leave it
-        in_specs = spec, spec, activation_spec("batch", None), activation_spec(None)
-        local = jax.shard_map(local, in_specs=in_specs, out_specs=(spec, spec), check_vma=False)
+        in_specs = spec, activation_spec("batch", None), activation_spec(None)
+        local = jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)
         span = reshard(span, activation_spec(None))
-    return Cache(*local(*cache, parent_BW, span))
+    return local(cache, parent_BW, span)
 
 
 def _choose(

@@ -6,6 +6,7 @@ What is compiled is one program for a prompt and one for a token; of a `Layered`
 is before its blocks, one for a block and one for what is behind them.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -73,7 +74,7 @@ def advance(
 
 
 def _begin_prompt(
-    outer: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array
+    outer: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, apart: bool = False
 ) -> tuple[jax.Array, Context, Cache]:
     B, T = tokens_BT.shape
     tokens_BT = reshard(tokens_BT, activation_spec("batch", None))
@@ -82,7 +83,8 @@ def _begin_prompt(
         lengths_B1 = reshard(lengths_B, activation_spec("batch"))[:, None]
         prefix_BT = jnp.arange(T)[None] < lengths_B1
     # Attention over the prompt alone, not over the empty slots that follow.
-    return *outer.begin(tokens_BT, prefix_BT=prefix_BT, slots=T), init_cache(outer.config, B, T)
+    x_BTD, context = outer.begin(tokens_BT, prefix_BT=prefix_BT, slots=T)
+    return x_BTD, context, init_cache(outer.config, B, T, apart)
 
 
 def _end_prompt(
@@ -110,7 +112,7 @@ def _end_token(outer: Transformer, x_B1D: jax.Array) -> jax.Array:
 Parts = tuple[Callable, Callable]  # before and behind the blocks
 _PROMPT: Parts = _begin_prompt, _end_prompt
 _PROMPT_APART: Parts = (
-    jax.jit(_begin_prompt),
+    jax.jit(functools.partial(_begin_prompt, apart=True)),
     jax.jit(_end_prompt, static_argnames="slots"),
 )
 _TOKEN: Parts = _begin_token, _end_token

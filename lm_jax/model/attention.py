@@ -214,11 +214,44 @@ def attention_weights(
     scores_BKGTS = (H**-0.5 if scale is None else scale) * jnp.einsum(
         "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
     )
+    mask = None if mask_BTS is None else mask_BTS[:, None, None]
+    return _softmax(scores_BKGTS, mask, softcap)
+
+
+def step_attention(
+    q_B1NH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    mask_B1S: jax.Array | None,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """`attention` of one query a row to keys and values as a cache has them: [B, 1, N, H].
+
+    XLA's CPU backend transposes all of them for the same products written with the other order of
+    axes.
+    """
+    (B, _, N, H), K = q_B1NH.shape, k_BKSH.shape[1]
+    grouped = activation_spec("batch", "kv_heads", None, "head_width")
+    q_BKGH = jax.lax.reshape(q_B1NH, (B, K, N // K, H), out_sharding=grouped)
+    scores_BKGS = (H**-0.5 if scale is None else scale) * jnp.einsum(
+        "BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32
+    )
+    mask = None if mask_B1S is None else mask_B1S[:, None]
+    weights_BKGS = _softmax(scores_BKGS, mask, softcap).astype(v_BKSH.dtype)
+    out_BKGH = jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS, v_BKSH)
+    merged = activation_spec("batch", None, "heads", "head_width")
+    return jax.lax.reshape(out_BKGH, (B, 1, N, H), out_sharding=merged)
+
+
+def _softmax(scores: jax.Array, mask: jax.Array | None, softcap: float) -> jax.Array:
+    """Over the last axis, of what the mask lets through."""
     if softcap:
-        scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
-    if mask_BTS is not None:
-        scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
-    return jax.nn.softmax(scores_BKGTS, axis=-1)
+        scores = softcap * jnp.tanh(scores / softcap)
+    if mask is not None:
+        scores = jnp.where(mask, scores, MASKED)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def _cudnn(

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lm_jax.config import ModelConfig
 from lm_jax.model import cache as kv
 from lm_jax.model.activations import ACTIVATIONS
-from lm_jax.model.attention import attention, attention_weights
+from lm_jax.model.attention import attention, attention_weights, step_attention
 from lm_jax.model.dropout import dropout
 from lm_jax.model.moe import Experts
 from lm_jax.model.parameters import constant, normal
@@ -88,14 +88,15 @@ class Attention(nnx.Module):
         q_BTNH = checkpoint_name(q_BTNH, "query")
         k_BTKH = checkpoint_name(k_BTKH, "key")
         v_BTKH = checkpoint_name(v_BTKH, "value")
+        scaling = {"scale": c.attention_scale, "softcap": c.attention_softcap}
+        common = {"length": context.length, **scaling}
+        step = cache is not None and q_BTNH.shape[1] == 1 and key is None
         if cache is not None:
-            cache, k_BTKH, v_BTKH = kv.update(cache, layer, k_BTKH, v_BTKH, context.positions_BT)
-        common = {
-            "length": context.length,
-            "scale": c.attention_scale,
-            "softcap": c.attention_softcap,
-        }
-        if context.backend in BLOCKWISE:
+            cache, *kept = kv.update(cache, layer, k_BTKH, v_BTKH, context.positions_BT)
+            k_BTKH, v_BTKH = (jnp.swapaxes(x_BKSH, 1, 2) for x_BKSH in kept)
+        if step:
+            y_BTNH = step_attention(q_BTNH, *kept, mask_BTS, **scaling)
+        elif context.backend in BLOCKWISE:
             run = functools.partial(BLOCKWISE[context.backend], causal=c.causal, **common)
             of_kind = [functools.partial(run, window=w) for w in context.windows]
             inputs = q_BTNH, k_BTKH, v_BTKH, context.segments_BT

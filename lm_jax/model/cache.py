@@ -6,6 +6,7 @@ the order in which attention reads them: with heads inside of slots XLA transpos
 values of every layer in every step.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,37 +19,61 @@ AXES = ("layers", "batch", "kv_heads", "length", "head_width")
 
 
 class Cache(NamedTuple):
-    k_LBKSH: jax.Array
-    v_LBKSH: jax.Array
+    """Of all layers, or for each layer one with L = 1: then both are tuples."""
+
+    k_LBKSH: jax.Array | tuple[jax.Array, ...]
+    v_LBKSH: jax.Array | tuple[jax.Array, ...]
 
     @property
     def length(self) -> int:
         """Slots a row."""
-        return self.k_LBKSH.shape[3]
+        return jax.tree.leaves(self.k_LBKSH)[0].shape[3]
+
+    def apart(self) -> "list[Cache]":
+        """That of each layer."""
+        return list(map(Cache, self.k_LBKSH, self.v_LBKSH))
 
 
-def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    """An empty cache, of the compute dtype."""
-    shape = (config.layers, batch, config.kv_heads, length, config.head_width)
-    zeros = jnp.zeros(shape, config.dtype, out_sharding=activation_spec(*AXES))
-    return Cache(zeros, zeros)
+def together(caches: Sequence[Cache]) -> Cache:
+    """The inverse of `Cache.apart`."""
+    return Cache(*zip(*caches))
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, apart: bool = False) -> Cache:
+    """An empty cache, of the compute dtype.
+
+    Args:
+      apart: whether each layer has its own.
+    """
+
+    def zeros(layers: int) -> jax.Array:
+        shape = (layers, batch, config.kv_heads, length, config.head_width)
+        return jnp.zeros(shape, config.dtype, out_sharding=activation_spec(*AXES))
+
+    if apart:
+        return together([Cache(zeros(1), zeros(1)) for _ in range(config.layers)])
+    return Cache(zeros(config.layers), zeros(config.layers))
 
 
 def lengthen(cache: Cache, length: int) -> Cache:
     """The same cache with empty slots behind, `length` in all."""
     more = [(0, length - cache.length if axis == "length" else 0) for axis in AXES]
-    return Cache(jnp.pad(cache.k_LBKSH, more), jnp.pad(cache.v_LBKSH, more))
+    return jax.tree.map(lambda x_LBKSH: jnp.pad(x_LBKSH, more), cache)
 
 
 def update(
-    cache: Cache, layer: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array
+    cache: Cache,
+    layer: jax.Array | int,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    positions_BT: jax.Array,
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """Writes one layer's keys and values at their positions.
 
     Positions past the last slot are dropped.
 
     Returns:
-      The new cache, and the layer's keys and values: [B, S, K, H] each.
+      The new cache, and the layer's keys and values: [B, K, S, H] each.
     """
 
     def write(all_LBKSH: jax.Array, new_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -56,8 +81,8 @@ def update(
         all_LBKSH = all_LBKSH.at[layer, rows_B1, :, positions_BT].set(
             new_BTKH.astype(all_LBKSH.dtype), mode="drop", out_sharding=activation_spec(*AXES)
         )
-        return all_LBKSH, jnp.swapaxes(all_LBKSH[layer], 1, 2)
+        return all_LBKSH, all_LBKSH[layer]
 
-    k_LBKSH, k_BSKH = write(cache.k_LBKSH, k_BTKH)
-    v_LBKSH, v_BSKH = write(cache.v_LBKSH, v_BTKH)
-    return Cache(k_LBKSH, v_LBKSH), k_BSKH, v_BSKH
+    k_LBKSH, k_BKSH = write(cache.k_LBKSH, k_BTKH)
+    v_LBKSH, v_BKSH = write(cache.v_LBKSH, v_BTKH)
+    return Cache(k_LBKSH, v_LBKSH), k_BKSH, v_BKSH

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lm_jax.model.kept import KeptWeight
 from lm_jax.model.projection import project
 from lm_jax.sharding.gather import gather, gradient_spec
 from lm_jax.sharding.mesh import activation_spec, dividing, names_in, platform, reshard, shards
@@ -82,11 +83,29 @@ class Head:
             logits_BTV = _product(x_MD, self.weight_DV, self.zeros_DV)
         spec = activation_spec(*axes)
         logits_BTV = jax.lax.reshape(logits_BTV, (B, T, V), out_sharding=spec)
-        if self.bias_V is not None:
-            logits_BTV = logits_BTV + self.bias_V[None, None]
-        if self.softcap:
-            logits_BTV = self.softcap * jnp.tanh(logits_BTV / self.softcap)
-        return logits_BTV
+        return _finished(logits_BTV, self.bias_V, self.softcap)
+
+
+def _finished(logits_BTV: jax.Array, bias_V: jax.Array | None, softcap: float) -> jax.Array:
+    if bias_V is not None:
+        logits_BTV = logits_BTV + bias_V[None, None]
+    if softcap:
+        logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
+    return logits_BTV
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptHead:
+    """A head as generation on a CPU has it: it learns nothing."""
+
+    weight: KeptWeight
+    bias_V: jax.Array | None
+    softcap: float
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """float32 [B, T, V]."""
+        logits_BTV = self.weight.product(x_BTD, "batch", None, "vocab", dtype=jnp.float32)
+        return _finished(logits_BTV, self.bias_V, self.softcap)
 
 
 @jax.tree_util.register_dataclass

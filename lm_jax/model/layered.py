@@ -1,10 +1,10 @@
 """A model that runs its blocks one after the other, each by the same compiled program and from
 arrays of its own: what generates on a CPU.
 
-In a scan, XLA's CPU backend copies a layer's weights out of the stack before its products read
-them, so that a step that reads every weight once moves it three times. Unrolled, a program for all
-layers takes as many times longer to compile. On other platforms a program for each layer would be
-waited for by small models, and the scan is what runs.
+In a scan, XLA's CPU backend copies a layer's weights, keys and values out of their stacks before
+its products read them, so that a step that reads every weight once moves it three times. Unrolled,
+a program for all layers takes as many times longer to compile. On other platforms small models
+would wait for a program for each layer, and the scan is what runs.
 """
 
 import copy
@@ -13,14 +13,20 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from lm_jax.config import ModelConfig
 from lm_jax.model.attention import layer_kinds
-from lm_jax.model.block import Context
-from lm_jax.model.cache import Cache
+from lm_jax.model.block import Block, Context, FeedForward
+from lm_jax.model.cache import Cache, together
+from lm_jax.model.kept import KeptWeight
 from lm_jax.model.transformer import Transformer
+from lm_jax.sharding.mesh import activation_spec
+
+# The weights of products, and how many of their axes are contracted.
+_ATTENTION = {"query": 1, "key": 1, "value": 1, "out": 2}
+_FEED_FORWARD = {"up": 1, "gate": 1, "down": 1}
 
 
 class Layered:
@@ -29,26 +35,38 @@ class Layered:
     def __init__(self, model: Transformer):
         """
         Args:
-          model: on one CPU. Float32 weights are shared with it and not copied.
+          model: on one CPU. What is in its blocks is copied.
         """
         self.config: ModelConfig = model.config
         self.outer = copy.copy(model)
         self.outer.blocks = None
         stacked, structure = jax.tree.flatten(model.blocks)
+        place = stacked[0].sharding
+        on_mesh = isinstance(place, NamedSharding)
         _, kinds = layer_kinds(model.config)
-        self._layers = [
-            (weights, np.int32(layer), np.int32(kind))
-            for layer, (kind, *weights) in enumerate(zip(kinds, *map(_apart, stacked)))
-        ]
-        self._run = _program(structure)
+        self._layers = []
+        with jax.set_mesh(place.mesh) if on_mesh else jax.default_device(*place.device_set):
+            self.outer.head = nnx.data(_on_device(_kept_head(model)))
+            for layer, kind in enumerate(kinds):
+                block = jax.tree.unflatten(structure, [np.asarray(x)[layer] for x in stacked])
+                weights, kept = jax.tree.flatten(_on_device(_with_kept(block)))
+                self._layers.append((weights, np.int32(kind)))
+        self._run = _program(kept)
 
     def run_blocks(
         self, x_BTD: jax.Array, context: Context, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """See `Transformer.run_blocks`. `x_BTD` and `cache` are donated."""
-        for weights, layer, kind in self._layers:
-            x_BTD, cache = self._run(weights, x_BTD, context, cache, layer, kind)
-        return x_BTD, cache
+        """See `Transformer.run_blocks`.
+
+        Args:
+          x_BTD: is donated.
+          cache: its layers are apart, and are donated.
+        """
+        caches = []
+        for (weights, kind), own in zip(self._layers, cache.apart(), strict=True):
+            x_BTD, own = self._run(weights, x_BTD, context, own, kind)
+            caches.append(own)
+        return x_BTD, together(caches)
 
 
 def for_generation(model: Transformer | Layered) -> Transformer | Layered:
@@ -60,15 +78,35 @@ def for_generation(model: Transformer | Layered) -> Transformer | Layered:
     return Layered(model) if alone else model
 
 
-def _apart(x: jax.Array) -> list[jax.Array]:
-    """The parts of an array of one CPU along its first axis, in its memory where they can be."""
-    place = x.sharding
-    if isinstance(place, NamedSharding):
-        place = NamedSharding(place.mesh, P(*place.spec[1:]))
-    if x.dtype != np.float32:  # which NumPy may not know
-        return [jax.device_put(part, place) for part in x]
-    whole = np.from_dlpack(x.addressable_data(0))
-    return [jax.device_put(part, place, may_alias=True) for part in whole]
+def _kept_head(model: Transformer) -> KeptWeight:
+    if model.head is None:
+        table_VD = model.embedding.get_value()
+        return KeptWeight(table_VD, table_VD.shape[:1], ("embed", "vocab"))
+    return KeptWeight.of(model.head, 1)
+
+
+def _with_kept(block: Block) -> Block:
+    """The same block with the weights of its products as generation keeps them."""
+
+    def kept(module: nnx.Module, inputs: dict[str, int]) -> nnx.Module:
+        module = copy.copy(module)
+        for name, count in inputs.items():
+            if (p := getattr(module, name)) is not None:
+                setattr(module, name, KeptWeight.of(p, count))
+        return module
+
+    block = copy.copy(block)
+    block.attention = kept(block.attention, _ATTENTION)
+    if isinstance(block.mlp, FeedForward):
+        block.mlp = kept(block.mlp, _FEED_FORWARD)
+    return block
+
+
+def _on_device(module: nnx.Module) -> nnx.Module:
+    def place(p: nnx.Param) -> nnx.Param:
+        return p.replace(jax.device_put(p.get_value(), activation_spec(*p.axes)))
+
+    return jax.tree.map(place, module, is_leaf=lambda x: isinstance(x, nnx.Param))
 
 
 @functools.lru_cache
@@ -76,9 +114,9 @@ def _program(structure) -> Callable[..., tuple[jax.Array, Cache]]:
     """What runs any block of a model."""
 
     @functools.partial(jax.jit, donate_argnames=("x_BTD", "cache"))
-    def run(weights, x_BTD, context, cache, layer, kind):
+    def run(weights, x_BTD, context, cache, kind):
         block = jax.tree.unflatten(structure, weights)
-        x_BTD, cache, _, _ = block(x_BTD, context, layer, kind, cache, None)
+        x_BTD, cache, _, _ = block(x_BTD, context, 0, kind, cache, None)
         return x_BTD, cache
 
     return run

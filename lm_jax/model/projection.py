@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from lm_jax.config import LoraConfig
+from lm_jax.model.kept import KeptWeight
 from lm_jax.model.parameters import constant, normal, use
 from lm_jax.sharding.gather import gather, scatter
 from lm_jax.sharding.mesh import activation_spec, names_in, parameter_spec, platform, shards
@@ -50,7 +51,7 @@ class Lora(nnx.Module):
 
 def project(
     x: jax.Array,
-    p: nnx.Param,
+    p: nnx.Param | KeptWeight,
     bias: nnx.Param | None,
     *axes: str | None,
     lora: Lora | None = None,
@@ -62,6 +63,16 @@ def project(
       x: activations; as many leading axes remain as `axes` names before the weight's own.
       axes: logical axes of the result; None: whole.
     """
+    kept = isinstance(p, KeptWeight)
+    y = plus(p.product(x, *axes) if kept else _product(x, p, *axes), bias)
+    if lora is not None:
+        contracted = lora.a.get_value().ndim - 1
+        low = project(x, lora.a, None, *axes[: x.ndim - contracted], "rank")
+        y = y + lora.scale * project(low, lora.b, None, *axes)
+    return y
+
+
+def _product(x: jax.Array, p: nnx.Param, *axes: str | None) -> jax.Array:
     shape = p.get_value().shape
     contracted = (x.ndim + len(shape) - len(axes)) // 2
     merged = p.axes[-len(shape)], p.axes[contracted]  # how the merged axes are sharded
@@ -71,11 +82,7 @@ def project(
         out_sharding=parameter_spec(*merged),
     )
     weight_KO = gather(weight_KO, activation_spec(*merged), names_in(rows_of(x)))
-    y = plus(product(x, weight_KO, merged, shape[contracted:], *axes), bias)
-    if lora is not None:
-        low = project(x, lora.a, None, *axes[: x.ndim - contracted], "rank")
-        y = y + lora.scale * project(low, lora.b, None, *axes)
-    return y
+    return product(x, weight_KO, merged, shape[contracted:], *axes)
 
 
 def product(

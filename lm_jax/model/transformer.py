@@ -25,7 +25,8 @@ from lm_jax.model.activations import ACTIVATIONS
 from lm_jax.model.attention import attention_mask, layer_kinds, prefix_of, resolve_backend
 from lm_jax.model.block import BLOCKWISE, Block, Context, Norm
 from lm_jax.model.dropout import dropout
-from lm_jax.model.head import ClassHead, Head
+from lm_jax.model.head import ClassHead, Head, KeptHead
+from lm_jax.model.kept import KeptWeight
 from lm_jax.model.moe import RouterSums
 from lm_jax.model.parameters import constant, normal, use
 from lm_jax.model.projection import project
@@ -344,7 +345,7 @@ class Transformer(nnx.Module):
         h_BTD = project(x_BTD, self.head_dense, self.head_dense_bias, *axes)
         return self.head_norm(ACTIVATIONS[self.config.activation](h_BTD))
 
-    def output_head(self, length: str | None = "length") -> Head | ClassHead:
+    def output_head(self, length: str | None = "length") -> Head | KeptHead | ClassHead:
         """
         Args:
           length: logical axis of the positions that it is for.
@@ -358,9 +359,11 @@ class Transformer(nnx.Module):
             )
         if self.config.head in ("classify", "span"):
             return ClassHead(self.head, self.head_bias)
-        weight_DV = self.embedding.get_value().T if self.head is None else self.head.get_value()
-        bias = None if self.head_bias is None else use(self.head_bias, "float32")
         c = self.config
+        bias = None if self.head_bias is None else use(self.head_bias, "float32")
+        if isinstance(self.head, KeptWeight):
+            return KeptHead(self.head, bias, c.logits_softcap)
+        weight_DV = self.embedding.get_value().T if self.head is None else self.head.get_value()
         return Head.of(weight_DV, bias, dtype=c.dtype, softcap=c.logits_softcap, length=length)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from lm_jax.generation.decoding import Rows, draw_tokens
 from lm_jax.generation.reading import advance, read
 from lm_jax.generation.sampling import Sampling, knobs_of
 from lm_jax.model.cache import AXES, Cache, init_cache
-from lm_jax.model.layered import for_generation
+from lm_jax.model.layered import Layered, for_generation
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec, reshard
 
@@ -168,7 +168,8 @@ class Batch:
         order = there + [0] * (R - len(there))
         self._places = [self._places[i] for i in there] + [None] * (R - len(there))
         if self._state is None:
-            self._state = _empty(self._model.config, R, S)
+            apart = isinstance(self._model, Layered)
+            self._state = _empty(self._model.config, R, S, apart)
         else:
             self._state = _moved(self._state, np.array(order, np.int32), S)
         self._knobs, self._too_large_for = None, 0
@@ -185,11 +186,11 @@ def _rows(entries: Sequence[Entry | None], zeros: np.ndarray) -> Rows:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty(c: ModelConfig, R: int, S: int) -> State:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty(c: ModelConfig, R: int, S: int, apart: bool) -> State:
     seen_RV = jnp.zeros((R, c.vocab_size), bool, out_sharding=activation_spec(None, None))
     token_R = jnp.zeros(R, jnp.int32, out_sharding=activation_spec(None))
-    return State(init_cache(c, R, S), token_R, seen_RV)
+    return State(init_cache(c, R, S, apart), token_R, seen_RV)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
