@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.config import ModelConfig
-from lm_jax.sharding.mesh import activation_spec
+from lm_jax.sharding.mesh import activation_spec, platform
 
 AXES = ("layers", "batch", "kv_heads", "length", "head_width")
 
@@ -76,9 +76,15 @@ def update(
       The new cache, and the layer's keys and values: [B, K, S, H] each.
     """
 
+    B, T, K, _ = k_BTKH.shape
+    rows_B1 = jnp.arange(B)[:, None]
+    where = layer, rows_B1, slice(None), positions_BT
+    if B * T == 1 and platform() == "cpu":
+        # For a single place, XLA's CPU backend makes six copies of all slots instead of a scatter.
+        where = layer, rows_B1[:, :, None], jnp.arange(K), positions_BT[:, :, None]
+
     def write(all_LBKSH: jax.Array, new_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
-        all_LBKSH = all_LBKSH.at[layer, rows_B1, :, positions_BT].set(
+        all_LBKSH = all_LBKSH.at[where].set(
             new_BTKH.astype(all_LBKSH.dtype), mode="drop", out_sharding=activation_spec(*AXES)
         )
         return all_LBKSH, all_LBKSH[layer]
