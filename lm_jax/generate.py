@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
     mesh = make_mesh(MeshConfig(data=1, tensor=TENSOR.value), jax.devices()[: TENSOR.value])
     loaded = load_for_inference(path, mesh, STEP.value, DTYPE.value)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows '?'
-    generator = Generator(loaded.model, loaded.tokenizer)
+    generator = Generator(loaded.model, loaded.tokenizer, donate=True)
     asked = prompts
     if CHAT.value:
         asked = as_questions(prompts, loaded.tokenizer, loaded.config.data.objective)

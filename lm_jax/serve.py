@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
         waiting=_QUEUE.value,
         max_length=_MAX_LENGTH.value,
         mesh=mesh,
+        donate=True,
     )
     limits = Limits(
         max_body_bytes=_MAX_BODY_BYTES.value,

@@ -1,6 +1,7 @@
 """Applications: how answers to examples are obtained of a model, and how they are scored."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -226,6 +227,10 @@ class _Asker:
     task: TaskConfig
     batch_size: int
 
+    @functools.cached_property
+    def generator(self) -> Generator:
+        return Generator(self.model, self.tokenizer)
+
 
 def _texts(asker: _Asker, examples: Sequence[Example], on_done: OnDone) -> list[Record | None]:
     task, limit = asker.task, asker.model.config.max_length
@@ -234,15 +239,14 @@ def _texts(asker: _Asker, examples: Sequence[Example], on_done: OnDone) -> list[
     encoded = _encoded(examples, lambda e: prompt_within(e, asker.tokenizer, room))
     prompts = [ids for ids, _ in encoded.values()]
     common = {"max_tokens": most, "batch_size": asker.batch_size, "on_done": on_done}
-    generator = Generator(asker.model, asker.tokenizer)
     if not prompts:
         completions = []
     elif task.beams > 1:
-        completions = generator.beam_search(
+        completions = asker.generator.beam_search(
             prompts, beams=task.beams, length_penalty=task.length_penalty, **common
         )
     else:
-        completions = generator.generate(prompts, sampling=_GREEDY, **common)
+        completions = asker.generator.generate(prompts, sampling=_GREEDY, **common)
     cut = [i for i, (_, cut) in encoded.items() if cut]
     answers = [
         {"prediction": _plain(c.text), "finish_reason": c.finish_reason} for c in completions

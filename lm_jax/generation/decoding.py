@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.generation.batching import bucket, by_length, padded, rows_of
 from lm_jax.generation.beam import BeamSearch, search
@@ -68,37 +69,45 @@ class Rows(NamedTuple):
     knobs: Knobs
 
 
+def check_generates(config: ModelConfig, tokenizer: Any) -> None:
+    """
+    Raises:
+      UserError: the model or its vocabulary cannot be used to continue text.
+    """
+    if config.head in HEADS_WITHOUT_WORDS:
+        use = HEADS_WITHOUT_WORDS[config.head]
+        raise UserError(f"model.head = '{config.head}': this model {use} and continues no text")
+    if not config.causal:
+        raise UserError(
+            "model.causal = False: this model fills in masked tokens and cannot continue text"
+        )
+    if tokenizer.least_vocabulary > config.vocab_size:
+        raise UserError(
+            f"the tokenizer needs {tokenizer.least_vocabulary} ids, but model.vocab_size ="
+            f" {config.vocab_size}: they do not belong together"
+        )
+
+
 class Generator:
     """Continues prompts.
 
-    Inside `jax.set_mesh` it works on that mesh, otherwise on one device. Making one costs nothing:
-    what is compiled is shared by all of them.
+    Inside `jax.set_mesh` it works on that mesh, otherwise on one device. On one CPU, making one
+    copies the model's blocks (see `lm_jax.model.layered`); what is compiled is shared by all.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Any):
+    def __init__(self, model: Transformer, tokenizer: Any, *, donate: bool = False):
         """
         Args:
           model: on the mesh, if there is one.
           tokenizer: see `lm_jax.data.tokenizer_base.Tokenizer`.
+          donate: whether the model is used for nothing else, and may be given up for its copy.
 
         Raises:
           UserError: the model or its vocabulary cannot be used for this.
         """
-        config = model.config
-        if config.head in HEADS_WITHOUT_WORDS:
-            use = HEADS_WITHOUT_WORDS[config.head]
-            raise UserError(f"model.head = '{config.head}': this model {use} and continues no text")
-        if not config.causal:
-            raise UserError(
-                "model.causal = False: this model fills in masked tokens and cannot continue text"
-            )
-        if tokenizer.least_vocabulary > config.vocab_size:
-            raise UserError(
-                f"the tokenizer needs {tokenizer.least_vocabulary} ids, but model.vocab_size ="
-                f" {config.vocab_size}: they do not belong together"
-            )
+        check_generates(model.config, tokenizer)
         self.model, self.tokenizer = model, tokenizer
-        self._form = for_generation(model)
+        self._form = for_generation(model, donate)
 
     def generate(
         self,

@@ -32,10 +32,11 @@ _FEED_FORWARD = {"up": 1, "gate": 1, "down": 1}
 class Layered:
     """The blocks of a causal model, apart. What is before and behind them is in `outer`."""
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, donate: bool = False):
         """
         Args:
           model: on one CPU. What is in its blocks is copied.
+          donate: whether what was copied is given up: the model cannot be used any more.
         """
         self.config: ModelConfig = model.config
         self.outer = copy.copy(model)
@@ -52,6 +53,8 @@ class Layered:
                 weights, kept = jax.tree.flatten(_on_device(_with_kept(block)))
                 self._layers.append((weights, np.int32(kind)))
         self._run = _program(kept)
+        for x in stacked if donate else ():
+            x.delete()
 
     def run_blocks(
         self, x_BTD: jax.Array, context: Context, cache: Cache
@@ -69,13 +72,17 @@ class Layered:
         return x_BTD, together(caches)
 
 
-def for_generation(model: Transformer | Layered) -> Transformer | Layered:
-    """The model in the form in which it generates fastest where it is."""
+def for_generation(model: Transformer | Layered, donate: bool = False) -> Transformer | Layered:
+    """The model in the form in which it generates fastest where it is.
+
+    Args:
+      donate: see `Layered`.
+    """
     if isinstance(model, Layered):
         return model
     devices = {device for x in jax.tree.leaves(model) for device in x.devices()}
     alone = len(devices) == 1 and all(device.platform == "cpu" for device in devices)
-    return Layered(model) if alone else model
+    return Layered(model, donate) if alone else model
 
 
 def _kept_head(model: Transformer) -> KeptWeight:
@@ -104,7 +111,7 @@ def _with_kept(block: Block) -> Block:
 
 def _on_device(module: nnx.Module) -> nnx.Module:
     def place(p: nnx.Param) -> nnx.Param:
-        return p.replace(jax.device_put(p.get_value(), activation_spec(*p.axes)))
+        return p.replace(jax.device_put(p.get_value(), activation_spec(*p.axes), may_alias=False))
 
     return jax.tree.map(place, module, is_leaf=lambda x: isinstance(x, nnx.Param))
 

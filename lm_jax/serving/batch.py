@@ -59,13 +59,21 @@ class Batch:
     Inside of `jax.set_mesh` it works on that mesh, of which the batch must not be split.
     """
 
-    def __init__(self, model: Transformer, vocab_size: int, rows: int, max_length: int):
+    def __init__(
+        self,
+        model: Transformer,
+        vocab_size: int,
+        rows: int,
+        max_length: int,
+        *,
+        donate: bool = False,
+    ):
         """
         Args:
           rows: the most sequences at a time.
           max_length: the longest sequence, prompt included; at most the model's.
         """
-        self._model, self._vocab_size = for_generation(model), vocab_size
+        self._model, self._vocab_size = for_generation(model, donate), vocab_size
         self._max_length = max_length
         self._sizes = [4**n for n in range(16) if 4**n < rows] + [rows]
         self._places: list[Entry | None] = []  # by row

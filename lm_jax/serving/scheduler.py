@@ -18,7 +18,7 @@ import numpy as np
 
 from lm_jax.data.tokenizer_base import Tokenizer
 from lm_jax.errors import UserError
-from lm_jax.generation.decoding import Completion, Generator, Row
+from lm_jax.generation.decoding import Completion, Row, check_generates
 from lm_jax.generation.reading import check_ids
 from lm_jax.generation.sampling import Sampling
 from lm_jax.generation.text import TextStream
@@ -91,6 +91,7 @@ class Scheduler:
         waiting: int,
         max_length: int | None = None,
         mesh: jax.sharding.Mesh | None = None,
+        donate: bool = False,
     ):
         """
         Args:
@@ -99,11 +100,12 @@ class Scheduler:
           waiting: the most jobs that wait for a slot.
           max_length: the longest sequence, prompt included; None: the model's, or 2048 if that is
             less.
+          donate: whether the model is used for nothing else, and may be given up for a copy.
 
         Raises:
           UserError: the model cannot continue text, or `max_length` is out of range.
         """
-        Generator(model, tokenizer)  # checks that they can do it
+        check_generates(model.config, tokenizer)
         longest = model.config.max_length
         self.max_length = min(longest, 2048) if max_length is None else max_length
         if not 2 <= self.max_length <= longest:
@@ -113,7 +115,7 @@ class Scheduler:
         self.slots, self.waiting, self.tokenizer = slots, waiting, tokenizer
         self._mesh = mesh
         self._config = model.config
-        self._batch = Batch(model, tokenizer.vocab_size, slots, self.max_length)
+        self._batch = Batch(model, tokenizer.vocab_size, slots, self.max_length, donate=donate)
         self._running: list[Job] = []
         self._queue: collections.deque[Job] = collections.deque()
         self._changed = threading.Condition()

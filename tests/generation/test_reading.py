@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from tiny_models import GEMMA, GPT2, LLAMA, LORA, MOE, V, build, placed
@@ -44,3 +45,14 @@ def test_a_model_is_apart_on_one_cpu_alone():
     assert isinstance(for_generation(model), Layered)
     with placed(model, (2, 1, 1)) as shared:
         assert for_generation(shared) is shared
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_given_up_for_its_copy_is_gone_and_no_other(tied):
+    config = dataclasses.replace(GPT2, tied_head=tied)
+    lengths, ids = np.array([3, 7], np.int32), np.ones((2, 8), np.int32)
+    expected, _ = read(build(config), ids, lengths, 12)
+    model = build(config)
+    apart = for_generation(model, donate=True)
+    assert all(x.is_deleted() for x in jax.tree.leaves(model.blocks))
+    np.testing.assert_allclose(read(apart, ids, lengths, 12)[0], expected, atol=1e-5)

@@ -163,11 +163,19 @@ def test_cudnn_gets_each_devices_rows_and_heads(mask_rows, monkeypatch):
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_a_full_cache_drops_what_comes_after_its_last_slot():
-    empty, new = init_cache(GPT2, 2, T), normal(2, 1, 4, 8)
-    filled, k, _ = update(empty, jnp.int32(1), new, new, jnp.array([[3], [T]]))
-    np.testing.assert_array_equal(k[0, 3], new[0, 0])
-    assert not k[1].any() and not filled.k_LBKSH[0].any()
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_full_cache_drops_what_comes_after_its_last_slot(rows):
+    empty, new = init_cache(GPT2, rows, T), normal(rows, 1, 4, 8)
+    for last, at in (("written", 3), ("dropped", T)):
+        places = jnp.array([[3], [at]])[2 - rows :]
+        filled, k, v = update(empty, jnp.int32(1), new, -new, places)
+        wanted = np.zeros((rows, 4, T, 8), np.float32)
+        for row in range(rows if last == "written" else rows - 1):
+            wanted[row, :, 3] = new[row, 0]
+        np.testing.assert_array_equal(k, wanted)
+        np.testing.assert_array_equal(v, -wanted)
+        np.testing.assert_array_equal(filled.k_LBKSH[1], wanted)
+        assert not filled.k_LBKSH[0].any()
 
 
 # Rotary positions
