@@ -154,8 +154,8 @@ LEAST_MASKED_LENGTH = 3  # tokens of a row: [CLS], one that can be masked, [SEP]
 class DataConfig:
     """From text to packed rows."""
 
-    # Paths, folders, globs, 'python:' or 'tfds:NAME[/CONFIG]', behind which a split may stand in
-    # brackets: 'tfds:squad[train[:10%]]'.
+    # Paths, folders, globs, 'python:', 'tokens:DIR' (of lm_jax.tokenize) or 'tfds:NAME[/CONFIG]',
+    # behind which a split may stand in brackets: 'tfds:squad[train[:10%]]'.
     sources: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()  # one a source: its share of the documents; (): by size
     validation_sources: tuple[str, ...] = ()  # (): split off from `sources`

@@ -8,6 +8,7 @@ orbax's own affair.
 
 import concurrent.futures
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -157,6 +158,34 @@ def append(path: str, text: str) -> None:
         return write_whole(path, (read_text(path) if exists(path) else "") + text)
     with open(path, "a", encoding="utf-8") as f:
         f.write(text)
+
+
+@contextlib.contextmanager
+def locked(path: str, held: str) -> Iterator[None]:
+    """Holds the lock of a local file, which is made, against other processes of this machine.
+
+    The lock is the open file's, so a process that is killed leaves none behind.
+
+    Args:
+      held: what to say where another one has it, with {process} for which.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    with open(path, "a+", encoding="utf-8") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            who = f.read().strip() or "(unknown)"
+            raise UserError(held.replace("{process}", who)) from None
+        except OSError:  # a file system without locks
+            yield
+            return
+        f.truncate(0)
+        f.write(str(os.getpid()))
+        f.flush()
+        yield
 
 
 class Log:

@@ -34,6 +34,7 @@ case "$*" in *training.steps=*) steps=4 ;; esac
 case "$*" in *runs/quickstart*) ;; *) more='{less}' ;; esac
 small='{tiny}'
 case "$*" in *init_from=runs/published*) small='{rest}' ;; esac
+case "$*" in *tokens:*) small=$(echo "$small" | sed s/--config.tokenizer.kind=bytes//) ;; esac
 case "$*" in *answer.py*) small="$small --config.data.length=128" ;; esac  # for its instruction
 case "$1 $2" in
   "-m pip") echo "$*" >>pip.log ;;
@@ -51,7 +52,7 @@ case "$1 $2" in
     until grep serving serve.log; do kill -0 $server || exit 1; sleep 0.1; done
     kill $server; wait $server ;;
   "-m lm_jax.tokenize")
-    case "$*" in *--output=*) set -- "$@" --vocab_size=300 ;; esac
+    case "$*" in *--tokenizer=*) ;; *) set -- "$@" --vocab_size=300 ;; esac
     exec {python} "$@" ;;
   *) exec {python} "$@" ;;
 esac

@@ -5,6 +5,7 @@ import subprocess
 import commands
 import pytest
 
+from lm_jax.data.encoded import Tokens
 from lm_jax.data.tokenizer import load_tokenizer
 
 TEXT = "One fish two fish, red fish blue fish.\n    Black fish, blue fish, old fish, new fish!\n"
@@ -48,6 +49,22 @@ def test_characters_learn_the_held_out_text_too(tmp_path):
     assert done.returncode == 0 and "2 ids" in done.stdout
 
 
+def test_tokens_of_a_corpus(corpus, tmp_path):
+    done = run(f"--source={corpus}", f"--output={tmp_path / 'bytes'}", "--kind=bytes")
+    assert done.returncode == 0, done.stderr
+    more = ["--document=line", "--workers=2"]
+    output = tmp_path / "tokens"
+    made = run(
+        f"--tokenizer={tmp_path / 'bytes'}", f"--source={corpus}", f"--output={output}", *more
+    )
+    assert (made.returncode, made.stderr) == (0, "")
+    lines = [line for line in corpus.read_text(encoding="utf-8").splitlines() if line]
+    size = sum(len(line.encode()) for line in lines)
+    assert f"{len(lines)} documents, {size:,} tokens of 1.000 bytes" in made.stdout
+    assert f"--config.data.sources=tokens:{output}" in made.stdout
+    assert [len(x) for x in Tokens(str(output))] == [len(line.encode()) for line in lines]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -59,6 +76,13 @@ def test_characters_learn_the_held_out_text_too(tmp_path):
         (["--source={tmp}/corpus.txt", "--output={tmp}/corpus.txt"], "exists already"),
         (["--tokenizer={tmp}/nowhere", "--text=x"], "nowhere"),
         (["--tokenizer={tmp}"], "--text"),
+        (["--tokenizer={tmp}", "--output={tmp}/out"], "--source"),
+        (["--tokenizer={tmp}", "--output={tmp}/out", "--text=x"], "give --source=... and"),
+        (["--source={tmp}/corpus.txt", "--output={tmp}/out", "--workers=2"], "--workers"),
+        (
+            ["--source={tmp}", "--tokenizer={tmp}", "--output={tmp}/out", "--kind=bytes"],
+            "--kind: nothing is learned",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_message(corpus, tmp_path, arguments, message):

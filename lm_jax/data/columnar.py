@@ -1,6 +1,7 @@
 """Random access to the records of data sets in columns: Parquet and TFDS."""
 
 import bisect
+import functools
 import os
 import re
 import threading
@@ -148,7 +149,7 @@ class Tfds(Records):
 
     def __getitem__(self, i: int) -> Record:
         if self._records is None:
-            self._records = _tfds_builder(self.name).as_data_source(split=self.split)
+            self._records = _tfds_records(self.name, self.split, os.environ.get("TFDS_DATA_DIR"))
         record = self._records[i]
         try:
             return {name: _plain(record[name]) for name in self.wanted}
@@ -170,6 +171,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+@functools.lru_cache(maxsize=8)
+def _tfds_records(name: str, split: str, folder: str | None) -> Sequence[Any]:
+    """Opened once in a process; `folder` is where it lies."""
+    del folder
+    return _tfds_builder(name).as_data_source(split=split)
 
 
 def _tfds_builder(name: str) -> Any:

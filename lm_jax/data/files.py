@@ -117,7 +117,10 @@ def _inside(folder: str) -> str:
 def _missing(path: str) -> str:
     """Says that `path` is missing, and what is there that its name resembles."""
     if ":" in os.path.basename(path) or path in ("python", "tfds"):
-        hint = "a source is a path, a folder, a glob, 'python:' or 'tfds:NAME[/CONFIG][[SPLIT]]'"
+        hint = (
+            "a source is a path, a folder, a glob, 'python:', 'tfds:NAME[/CONFIG][[SPLIT]]' or"
+            " 'tokens:DIR'"
+        )
         return f"no such file; {hint}"
     folder, name = os.path.split(path.rstrip(os.sep))
     folder = folder or "."

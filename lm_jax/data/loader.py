@@ -10,10 +10,8 @@ process a thread or worker processes read the lanes, which changes nothing eithe
 """
 
 import json
-import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from lm_jax.config import DataConfig
-from lm_jax.data import packing
+from lm_jax.data import packing, worker
 from lm_jax.data.packing import Batch, Block, CropLane, Encode, FlatText, Row
 from lm_jax.data.sources import by_source, documents
 from lm_jax.data.tokenizer_base import Tokenizer
@@ -302,15 +300,6 @@ def _tuples(state: Any) -> Any:
 def _init_worker(index: int, count: int) -> None:
     """Makes a worker process that ends with its parent and never touches the accelerator."""
     del index, count
-    import multiprocessing
-
-    for number in (signal.SIGINT, signal.SIGTERM):  # also sent to a whole group of processes
-        signal.signal(number, signal.SIG_IGN)  # the parent ends its workers itself
+    worker.begin(signal.SIGINT, signal.SIGTERM)  # the parent ends its workers itself
     if "jax" in sys.modules:  # Grain imports it for its trees; this keeps backends from starting
         sys.modules["jax"].config.update("jax_platforms", "cpu")
-
-    def follow_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)  # killed outright, the parent could not tell its workers to stop
-
-    threading.Thread(target=follow_parent, daemon=True).start()

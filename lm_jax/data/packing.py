@@ -26,6 +26,7 @@ import numpy as np
 
 from lm_jax.config import DataConfig
 from lm_jax.data.chat import chat_template_for
+from lm_jax.data.encoded import Encoded, ids_of
 from lm_jax.data.encoding import by_turn, encode_example, with_ends
 from lm_jax.data.examples import Example
 from lm_jax.data.spans import windows
@@ -78,11 +79,11 @@ class Encode(grain.experimental.FlatMapTransform):
             chat_template_for(tokenizer, "chat")  # that there is none is better said now
         self.barren = 0  # documents without a target since the last one that had some
 
-    def flat_map(self, element: str | Example) -> list[Row]:
+    def flat_map(self, element: str | Encoded | Example) -> list[Row]:
         if isinstance(element, Example):
             pieces = self._example(element)
         else:
-            ids = self.tokenizer.encode(element) if element else np.zeros(0, np.int32)
+            ids = ids_of(element, self.tokenizer)
             pieces = self._pieces(ids) if len(ids) else []
         self.barren = 0 if pieces else self.barren + 1
         if self.barren > self.documents:
@@ -199,7 +200,9 @@ class FlatText:
     target, unless rows attend across. With objective 'masked' each is [bos] + ids + [eos].
     """
 
-    def __init__(self, documents: Sequence[str], tokenizer: Tokenizer, config: DataConfig):
+    def __init__(
+        self, documents: Sequence[str | Encoded], tokenizer: Tokenizer, config: DataConfig
+    ):
         small = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
         several = len(documents) > 1
         eos = [] if tokenizer.eos_id is None or not several else [tokenizer.eos_id]
@@ -208,8 +211,8 @@ class FlatText:
         # Whether a pair may reach over the end of a document into the next.
         self.crosses = bool(eos) or not several or config.attend_across_documents or not self.ahead
         parts, starts, total = [], [], 0
-        for text in documents:
-            ids = tokenizer.encode(text).astype(small) if text else np.zeros(0, small)
+        for document in documents:
+            ids = ids_of(document, tokenizer).astype(small)
             if not len(ids):
                 continue
             if self.ahead:

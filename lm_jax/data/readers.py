@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -18,7 +18,11 @@ from lm_jax.data import files
 from lm_jax.errors import UserError
 
 _BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
+_LINE_END = re.compile(rb"\n")
 _CHUNK = 1 << 24  # bytes searched for line ends at a time
+_NEAR = 1 << 16  # bytes in which the end of a line is looked for first
+
+Part = tuple[int, int | None]  # of a file: its first byte, and the one after its last; None: all
 
 
 class Errors:
@@ -100,32 +104,83 @@ class Files(Sequence):
             return ""
         return _decode(data, self.paths[i], 0, self.errors)
 
+    def place(self, i: int) -> str:
+        return self.paths[i]
+
 
 class Spans(Sequence):
     """The lines or paragraphs of a text file, found once and read one by one."""
 
-    def __init__(self, path: str, unit: str, errors: Errors):
+    def __init__(self, path: str, unit: str, errors: Errors, part: Part | None = None):
+        """
+        Args:
+          part: of the file, as `parts` gives it, whose documents these are; it is read at once.
+            None: all of the file.
+        """
         self.path, self.errors = path, errors
-        self.spans = _spans(path, unit, _stamp(path))  # int64 [documents, 2]: first byte, end
-        if not len(self.spans):
+        self._data, self._start = None, 0
+        if part is None:
+            self.spans = _spans(path, unit, stamp(path))  # int64 [documents, 2]: first byte, end
+        else:
+            self._start, self._data = part[0], files.read(path, *part)
+            self.spans = self._start + _spans_of(np.frombuffer(self._data, np.uint8), unit)
+        if not len(self.spans) and (part is None or part[1] is None):
             errors.handle(f"{path}: the file is empty")
 
     def __len__(self) -> int:
         return len(self.spans)
 
-    def _bytes(self, i: int) -> bytes:
-        start, stop = self.spans[i]
-        return files.read(self.path, int(start), int(stop))
-
     def __getitem__(self, i: int) -> str:
-        return _decode(self._bytes(i), self.path, int(self.spans[i][0]), self.errors)
+        start, stop = self.spans[i].tolist()
+        if self._data is None:
+            data = files.read(self.path, start, stop)
+        else:
+            data = self._data[start - self._start : stop - self._start]
+        return _decode(data, self.path, start, self.errors)
 
     def place(self, i: int) -> str:
         """FILE:LINE of document i."""
         return f"{self.path}:{line_number(self.path, int(self.spans[i][0]))}"
 
 
-def _stamp(path: str) -> tuple[int, int]:
+def parts(path: str, unit: str, size: int) -> Iterator[Part]:
+    """Parts of about `size` bytes of a text file, each of whole lines or paragraphs. A .gz file is
+    one part.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    total = stamp(path)[0]
+    if path.lower().endswith(".gz") or total <= size:
+        yield 0, None
+        return
+    start = 0
+    while start < total:
+        stop = _end_of_unit(path, unit, start + size, total)
+        yield start, stop
+        start = stop
+
+
+def _end_of_unit(path: str, unit: str, at: int, total: int) -> int:
+    """The first place from byte `at` on where a line, or a gap between paragraphs, has ended."""
+    end = _BLANK_LINES if unit == "paragraph" else _LINE_END
+    data = b""
+    while at + len(data) < total:
+        more = files.read(path, at + len(data), at + max(2 * len(data), _NEAR))
+        if not more:  # it became shorter
+            break
+        data += more
+        if (found := end.search(data)) and found.end() < len(data):
+            return at + found.end()
+    return total
+
+
+def stamp(path: str) -> tuple[int, int]:
+    """Bytes of a file, and when it was changed.
+
+    Raises:
+      UserError: it cannot be read.
+    """
     try:
         stat = os.stat(path)
     except OSError as e:
@@ -139,7 +194,11 @@ def _spans(path: str, unit: str, stamp: tuple[int, int]) -> np.ndarray:
 
     `stamp` (size and time of change) makes the cache forget a file that was rewritten.
     """
-    data = files.as_array(path)
+    return _spans_of(files.as_array(path), unit)
+
+
+def _spans_of(data: np.ndarray, unit: str) -> np.ndarray:
+    """As `_spans`, of uint8 [bytes]."""
     if unit == "paragraph":
         gaps = np.array([m.span() for m in _BLANK_LINES.finditer(data)], np.int64).reshape(-1, 2)
         starts, stops = np.append(0, gaps[:, 1]), np.append(gaps[:, 0], len(data))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm_jax.data import files
-from lm_jax.data.readers import Errors, Spans
+from lm_jax.data.readers import Errors, Part, Spans
 from lm_jax.errors import UserError
 
 Record = dict[str, Any]
@@ -86,6 +86,9 @@ class Column(Sequence):
             return self._bad(i, f"'{self.key}' holds half of a surrogate pair")
         return value
 
+    def place(self, i: int) -> str:
+        return self.records.place(i)
+
     def _bad(self, i: int, why: str) -> str:
         self.records.bad(i, why)
         return ""
@@ -100,9 +103,10 @@ def kind(value: Any) -> str:
 class JsonLines(Records):
     """One JSON object a line."""
 
-    def __init__(self, path: str, errors: Errors):
+    def __init__(self, path: str, errors: Errors, part: Part | None = None):
+        """`part`: as of `Spans`."""
         super().__init__(errors)
-        self.lines = Spans(path, "line", errors)
+        self.lines = Spans(path, "line", errors, part)
 
     def __len__(self) -> int:
         return len(self.lines)

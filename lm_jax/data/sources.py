@@ -1,23 +1,26 @@
 """From `DataConfig.sources` to documents, random-access sequences that are split for validation.
 
-A document is a str or, where the objective is about examples, an `Example`.
+A document is a str, the ids of one (`Encoded`) or, where the objective is about examples, an
+`Example`.
 """
 
 import bisect
+import os
 from collections.abc import Sequence
 from typing import Literal
 
 from lm_jax.config import OF_EXAMPLES, DataConfig
-from lm_jax.data import files, records
+from lm_jax.data import encoded, files, records
 from lm_jax.data.columnar import Parquet, Tfds
+from lm_jax.data.encoded import Encoded, Tokens
 from lm_jax.data.examples import Example, Examples, fields_of
 from lm_jax.data.nested import holder
-from lm_jax.data.readers import Errors, Files, Spans
+from lm_jax.data.readers import Errors, Files, Part, Spans
 from lm_jax.data.records import Column, Records
 from lm_jax.errors import UserError
 
 Split = Literal["train", "validation"]
-Document = str | Example
+Document = str | Encoded | Example
 
 
 class Documents(Sequence):
@@ -60,15 +63,15 @@ class Every(Sequence):
 
 
 class Tail(Sequence):
-    """The last `fraction` of each document's characters, or all that is before."""
+    """The last `fraction` of each document's characters (or ids), or all that is before."""
 
-    def __init__(self, documents: Sequence[str], fraction: float, head: bool):
+    def __init__(self, documents: Sequence[str | Encoded], fraction: float, head: bool):
         self.documents, self.fraction, self.head = documents, fraction, head
 
     def __len__(self) -> int:
         return len(self.documents)
 
-    def __getitem__(self, i: int) -> str:
+    def __getitem__(self, i: int) -> str | Encoded:
         text = self.documents[i]
         cut = int(len(text) * (1 - self.fraction))
         return text[:cut] if self.head else text[cut:]
@@ -85,6 +88,12 @@ class Texts(Sequence):
 
     def __getitem__(self, i: int) -> str:
         document = self.documents[i]
+        if isinstance(document, Encoded):
+            raise UserError(
+                f"data source '{encoded.PREFIX}{document.folder}': tokens are no text to learn a"
+                " tokenizer from: set tokenizer.kind='file' and"
+                f" tokenizer.path='{document.folder}/{encoded.TOKENIZER}'"
+            )
         return document.text if isinstance(document, Example) else document
 
 
@@ -140,14 +149,21 @@ def _open(sources: Sequence[str], config: DataConfig, tfds_splits: Sequence[str]
     errors = Errors(config.on_error)
     parts: list[Sequence[Document]] = []
     for source in sources:
-        if source.startswith("tfds:"):
+        if source.startswith(encoded.PREFIX):
+            if config.objective in OF_EXAMPLES:
+                raise UserError(
+                    f"data source '{source}': objective '{config.objective}' is about records with"
+                    " fields, and tokens are those of a text"
+                )
+            parts.append(Tokens(source.removeprefix(encoded.PREFIX)))
+        elif source.startswith("tfds:"):
             name = source.removeprefix("tfds:")
             found = Tfds(name, tfds_splits, _wanted(config), errors)
             parts.append(_of_records(found, config, source))
         elif config.objective in OF_EXAMPLES:
-            parts += _examples(files.find(source, files.RECORDS), config, errors)
+            parts += _examples(find_files(source, files.RECORDS), config, errors)
         else:
-            parts += _readers(files.find(source), config, errors)
+            parts += _readers(find_files(source), config, errors)
     found = Documents(parts, errors)
     if not len(found):
         summary = errors.summary()
@@ -156,6 +172,19 @@ def _open(sources: Sequence[str], config: DataConfig, tfds_splits: Sequence[str]
             + (f" ({summary})" if summary else "")
         )
     return found
+
+
+def find_files(source: str, known: Sequence[str] | None = None) -> list[str]:
+    """As `files.find`.
+
+    Raises:
+      UserError: there are none; or it is a folder of tokens.
+    """
+    if os.path.isfile(os.path.join(os.path.expanduser(source), encoded.META)):
+        raise UserError(
+            f"data source '{source}': this folder is of tokens: write 'tokens:{source}'"
+        )
+    return files.find(source, known)
 
 
 def _wanted(config: DataConfig) -> list[str]:
@@ -205,26 +234,43 @@ def _readers(paths: Sequence[str], config: DataConfig, errors: Errors) -> list[S
     parts: list[Sequence[Document]] = []
     whole: list[str] = []  # text files that wait for their common reader
     for path in paths:
-        kind = files.suffix(path)
-        one_by_one = kind in (*files.JSONL, *files.PARQUET) or config.document != "file"
-        if not one_by_one:
+        if is_one_document(path, config):
             whole.append(path)
             continue
         if whole:
             parts.append(Files(whole, errors))
             whole = []
-        if kind in files.PARQUET:
-            table = Parquet(path, [config.text_key], errors)
-            if len(table):
-                parts.append(_of_records(table, config, path))
-            continue
-        try:
-            if kind in files.JSONL:
-                parts.append(_of_records(records.JsonLines(path, errors), config, path))
-            else:
-                parts.append(Spans(path, config.document, errors))
-        except UserError as e:
-            if not errors.skip:
-                raise
-            errors.handle(str(e))
+        parts += documents_of(path, config, errors)
     return [*parts, Files(whole, errors)] if whole else parts
+
+
+def is_one_document(path: str, config: DataConfig) -> bool:
+    """Whether a file is one document, and does not hold several."""
+    kind = files.suffix(path)
+    return kind not in (*files.JSONL, *files.PARQUET) and config.document == "file"
+
+
+def documents_of(
+    path: str, config: DataConfig, errors: Errors, part: Part | None = None
+) -> list[Sequence[str]]:
+    """The documents of a file that holds several, as one sequence; none where it was skipped.
+
+    Args:
+      part: of a file of text or JSON lines, as `lm_jax.data.readers.parts` gives it; None: all.
+
+    Raises:
+      UserError: it cannot be read, and `errors` skips nothing.
+    """
+    kind = files.suffix(path)
+    if kind in files.PARQUET:
+        table = Parquet(path, [config.text_key], errors)
+        return [_of_records(table, config, path)] if len(table) else []
+    try:
+        if kind in files.JSONL:
+            return [_of_records(records.JsonLines(path, errors, part), config, path)]
+        return [Spans(path, config.document, errors, part)]
+    except UserError as e:
+        if not errors.skip:
+            raise
+        errors.handle(str(e))
+        return []

@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from lm_jax.config import DataConfig
-from lm_jax.data.sources import all_documents
+from lm_jax.data.sources import Texts, all_documents
 from lm_jax.errors import UserError
 
 
@@ -79,7 +79,7 @@ def prepare(
     for split, paths in splits.items():
         if paths:
             config = DataConfig(paths, document=document, text_key=text_key, on_error=on_error)
-            found[split] = all_documents(config)
+            found[split] = Texts(all_documents(config))
     builder = LocalText(
         config=LocalTextConfig(name=name, version="1.0.0", documents=found), data_dir=data_dir
     )

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +72,14 @@ class Tokenizer(abc.ABC):
           UserError: the text cannot be encoded: a lone surrogate, which has no UTF-8 form, or a
             character that a vocabulary of characters lacks. The message names its position.
         """
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, in less time where the library behind it takes several at once.
+
+        Raises:
+          UserError: as `encode`.
+        """
+        return [self.encode(text) for text in texts]
 
     @property
     def begin_id(self) -> int | None:

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -95,6 +95,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         utf8(text)
         return np.asarray(self._hf.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        for text in texts:
+            utf8(text)
+        found = self._hf.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(one.ids, np.int32) for one in found]
 
     def encode_with_specials(self, text: str) -> np.ndarray:
         utf8(text)

@@ -15,7 +15,6 @@ lock               held while the run is being trained
 
 import contextlib
 import copy
-import fcntl
 import functools
 import os
 import shutil
@@ -80,9 +79,8 @@ def check(workdir: str, config: Config) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: str) -> Iterator[None]:
-    """Keeps other processes of this machine from training in `workdir` at the same time.
-
-    The lock is the open file's, so a process that is killed leaves none behind. A bucket has none.
+    """Keeps other processes of this machine from training in `workdir` at the same time. A bucket
+    has no locks.
 
     Raises:
       UserError: another process holds it.
@@ -90,21 +88,11 @@ def locked(workdir: str) -> Iterator[None]:
     if paths.remote(workdir):
         yield
         return
-    with open(os.path.join(workdir, "lock"), "a+", encoding="utf-8") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            f.seek(0)
-            raise UserError(
-                f"'{workdir}' is being trained by process {f.read().strip() or '(unknown)'}: wait"
-                " for it, stop it, or name another --workdir"
-            ) from None
-        except OSError:  # a file system without locks
-            yield
-            return
-        f.truncate(0)
-        f.write(str(os.getpid()))
-        f.flush()
+    held = (
+        f"'{workdir}' is being trained by process {{process}}: wait for it, stop it, or name"
+        " another --workdir"
+    )
+    with paths.locked(os.path.join(workdir, "lock"), held):
         yield
 
 

@@ -166,7 +166,7 @@ def test_missing_sources_name_what_is_near(tmp_path):
     }.items():
         with pytest.raises(UserError, match=message):
             texts_of(str(tmp_path / source))
-    with pytest.raises(UserError, match="'python:' or 'tfds:NAME"):
+    with pytest.raises(UserError, match="'python:', 'tfds:NAME"):
         texts_of("hub:c4")
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(b"\xff")

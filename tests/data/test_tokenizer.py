@@ -163,6 +163,15 @@ def test_any_text_comes_back(make, name):
         assert tokenizer.byte_lengths[ids].sum() == expected
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_several_texts_at_once_are_the_same(make, name):
+    tokenizer = make(name)
+    for text, ids in zip(ALL_TEXTS, tokenizer.encode_batch(ALL_TEXTS), strict=True):
+        assert ids.dtype == np.int32
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))
+    assert tokenizer.encode_batch([]) == []
+
+
 @pytest.mark.parametrize("name", ["bpe", "unigram", "byte_level", "word_piece"])
 def test_text_never_becomes_a_special(make, name):
     tokenizer = make(name)
@@ -398,6 +407,8 @@ def test_the_documents_own_error_comes_through():
 def test_lone_surrogates_are_named(make, name):
     with pytest.raises(UserError, match=r"U\+D83D.* position 4 \(line 2, column 2\)"):
         make(name).encode("ab\nc\ud83d")
+    with pytest.raises(UserError, match=r"U\+D83D.* position 4 \(line 2, column 2\)"):
+        make(name).encode_batch(["a", "ab\nc\ud83d"])
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "characters"])
