@@ -85,7 +85,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._sp.encode([t for i, t in enumerate(texts) if i not in apart], num_threads=1)
         )
         return [
-            self.encode(text) if i in apart else np.asarray(next(together), np.int32)
+            self.encode(text) if i in apart else np.fromiter(next(together), np.int32)
             for i, text in enumerate(texts)
         ]
 
