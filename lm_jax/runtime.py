@@ -10,6 +10,7 @@ import jax
 
 from lm_jax import cluster, host_memory, rendezvous
 
+_CACHED_FROM = 0.1  # seconds to compile; jax's own is 1, and a small model's parts take less
 _JOIN_SECONDS = 300  # that the processes of a job wait for one another to start
 
 
@@ -42,6 +43,8 @@ def configure(
     if _computes_on_cpu() and host_memory.keep():
         # A program that is dispatched while another runs would take a second block.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_FROM)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(base, "lm_jax", "jax"))

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 from lm_jax import paths
 from lm_jax.config import Config
@@ -34,11 +35,9 @@ class Metrics:
         self._file = paths.Log(path)
         self._events = contextlib.ExitStack()
         if config.logging.tensorboard:
-            from tensorboardX import SummaryWriter
-
             # In a bucket, the events are there when the run ends.
             folder = paths.folder_for_writing(os.path.join(workdir, "tensorboard"))
-            self._tensorboard = SummaryWriter(
+            self._tensorboard = _summary_writer(
                 self._events.enter_context(folder), purge_step=start + 1
             )
         if config.logging.wandb:
@@ -120,6 +119,20 @@ class Stopwatch:
         seconds = now - self._started - self._paused
         self._started, self._paused = now, 0.0
         return seconds
+
+
+def _summary_writer(*args: Any, **kwargs: Any) -> Any:
+    """A `tensorboardX.SummaryWriter`. Where PyTorch is installed, it would be imported too, which
+    takes seconds, and scalars need none of it."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # as if it were not installed
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(*args, **kwargs)
 
 
 def _drop_after(path: str, step: int) -> set[tuple[str, int]]:
