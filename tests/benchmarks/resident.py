@@ -1,4 +1,4 @@
-"""Resident memory of this process, on Linux.
+"""Resident memory of this process, or of another, on Linux.
 
 A peak is VmHWM of /proc/self/status, which is set back through /proc/self/clear_refs.
 """
@@ -18,9 +18,9 @@ def check(parser: argparse.ArgumentParser) -> None:
         parser.error("this system has no /proc/self/clear_refs to set the peak back with")
 
 
-def resident(key: str) -> int:
+def resident(key: str, process: int | str = "self") -> int:
     """Bytes: 'VmRSS' is resident now, 'VmHWM' was at most."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    lines = pathlib.Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 

@@ -198,6 +198,33 @@ def test_decoding_compares_the_same_tokens():
     assert got["same"] == 1.0 and got["times"] > 0 and got["share"] > 0
 
 
+def test_feeding(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"One fish, two fish, red fish, fish {n}.\n" for n in range(200)))
+    flags = [f"--text={text}", f"--folder={tmp_path / 'corpora'}", "--megabytes=0.1"]
+    flags += ["--tokenizers=bpe", "--vocab_size=300", "--shape=toy", "--rounds=1", "--batches=4"]
+    if not pathlib.Path("/proc/self/clear_refs").exists():  # not Linux
+        assert "no /proc/self/clear_refs" in run("feeding", *flags).stderr
+        return
+    got = result_of("feeding", *flags)
+    assert got["bpe"]["share"] > 0 and min(got["bpe"]["memory"]) > 10e6
+    assert got["bpe"]["same_after_a_kill"] is True
+    assert got["feeding"]["times_text"] > 0 and got["feeding"]["times_tokens"] > 0
+    assert list(tmp_path.iterdir()) == [text]
+
+
+def test_starting(tmp_path):
+    tiny = commands.tiny(commands.write_corpus(tmp_path / "corpus"))
+    got = result_of("starting", "--rounds=1", "--commands=tokenize", *tiny)
+    assert got["import lm_jax"] > 0 and got["tokenize --help"] > 0
+    first, second = got["first"], got["second"]
+    parts = ("imports", "tokenizer", "init", "sample", "data", "first step", "other")
+    for each in (first, second):
+        assert each["total"] == pytest.approx(sum(each.get(part, 0.0) for part in parts), abs=0.1)
+        assert 0 < each["tracing"] < each["total"] and 0 < each["compiling"] < each["total"]
+    assert second["compiling"] < first["compiling"]  # it was read
+
+
 def test_saving(tmp_path):
     flags = [f"--folder={tmp_path / 'runs'}", "--layers=1", "--width=64", "--vocab_size=256"]
     if not pathlib.Path("/proc/self/clear_refs").exists():  # not Linux
