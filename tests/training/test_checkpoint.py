@@ -15,7 +15,7 @@ from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
 from lm_jax.training.step import TrainState, make_step, skeleton_of
 
 SMALL = dataclasses.replace(GPT2, init_std=0.05)
-MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
+MESHES = [(1, 1, 1), (4, 2, 1), (2, 2, 2)]
 CONFIG = run_config(SMALL, optimizer={"warmup_steps": 3, "learning_rate": 0.003})
 KEEP_ALL = CheckpointConfig(keep=99)
 PLACE = {"0": {"next": 17, "rest": [1, 2]}, "1": None}
@@ -77,7 +77,7 @@ def test_a_run_goes_on_alike_on_any_mesh(saved, axes):
     np.testing.assert_allclose(go_on(restored, axes, 2, 3)[1], losses, atol=1e-4)
 
 
-@pytest.mark.parametrize("axes", MESHES[:3])
+@pytest.mark.parametrize("axes", MESHES[:2])
 def test_from_any_mesh_onto_another(tmp_path, axes):
     state = fresh(axes)
     with Checkpoints(str(tmp_path), KEEP_ALL) as checkpoints:

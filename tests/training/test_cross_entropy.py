@@ -124,8 +124,16 @@ def test_logits_far_from_zero_do_not_overflow(inputs):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((sums, gradients)))
 
 
-@pytest.mark.parametrize("axes", [(2, 1, 4, 1), (2, 2, 1, 2), (1, 2, 2, 2)])
-@pytest.mark.parametrize("chunk, sparse", [(B * T, False), (4, False), (3, False), (3, True)])
+@pytest.mark.parametrize(
+    "axes, chunk, sparse",
+    [
+        ((2, 1, 4, 1), 4, False),
+        ((2, 2, 1, 2), B * T, False),
+        ((1, 2, 2, 2), 3, False),
+        ((2, 1, 4, 1), 3, True),
+        ((1, 2, 2, 2), 3, True),
+    ],
+)
 def test_a_mesh_changes_nothing(inputs, axes, chunk, sparse):
     sums, gradients = value_and_gradient(*inputs)
     x, head, targets, weights = inputs

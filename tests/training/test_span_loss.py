@@ -70,14 +70,13 @@ def test_right_is_what_is_right():
     assert float(sums.right) == float(sums.weight) == sum(map(len, LAYOUT))
 
 
+@quick_jit
 def gradients(model, b):
-    parameters = params_lib.split(model)
-
     def loss(parameters):
         sums = batch_loss(params_lib.bind(model, parameters), b)
         return sums.loss / sums.weight, sums
 
-    return quick_jit(jax.grad(loss, has_aux=True))(parameters)
+    return jax.grad(loss, has_aux=True)(params_lib.split(model))
 
 
 def test_packed_windows_learn_as_each_alone_does_and_types_are_told():
