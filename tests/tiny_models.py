@@ -97,6 +97,12 @@ def build(config: ModelConfig, seed: int = 0) -> Transformer:
     return params_lib.bind(skeleton, parameters)
 
 
+@quick_jit
+def logits(model: Transformer, ids: np.ndarray, **inputs: np.ndarray) -> jax.Array:
+    """[B, T, V]; each operation by itself would take a compilation."""
+    return model.logits(model(ids, **inputs)[0])
+
+
 def run_config(model: ModelConfig = GPT2, rows: int = 8, **sections: dict) -> Config:
     """A validated config of a run; `sections` sets fields, as in `training={'seed': 1}`."""
     config = Config(model=copy.deepcopy(model))

@@ -1,13 +1,14 @@
 """Texts as vectors: against Transformers' states pooled by hand, and free of their neighbours."""
 
 import dataclasses
+import functools
 import json
 
 import jax
 import numpy as np
 import pytest
 import tokenizers
-from tiny_models import BERT, LLAMA, build, on_devices
+from tiny_models import BERT, LLAMA, build, on_devices, quick_jit
 
 from lm_jax.data.tokenizer_base import BytesTokenizer
 from lm_jax.data.tokenizer_published import HuggingFaceTokenizer
@@ -23,11 +24,15 @@ MODEL = dataclasses.replace(BERT, **SHAPE)
 TEXTS = ["a", "some more words", "ünï", "", "x" * 70, "a b c d e f g h i j k l m n o p"]
 
 
+hidden_states = quick_jit(lambda model, ids: model(ids)[0])
+
+
+@functools.cache
 def states(text: str) -> np.ndarray:
     """The hidden states of one text alone: [bos] + bytes + [eos], at most 64 tokens, as of a
     model that is to fill in."""
     ids = np.array([[256, *text.encode()[:62], 257]], np.int32)
-    return np.asarray(build(MODEL)(ids)[0][0])
+    return np.asarray(hidden_states(build(MODEL), ids)[0])
 
 
 POOLED = {
@@ -65,7 +70,7 @@ def test_eight_devices_give_what_one_does():
 def test_a_causal_model_can_be_pooled_too():
     model = build(dataclasses.replace(LLAMA, **SHAPE))
     got, _ = embed(model, BytesTokenizer(), ["ab"], Pooling("last", normalize=False))
-    want = model(np.array([[256, 97, 98]], np.int32))[0][0, -1]
+    want = hidden_states(model, np.array([[256, 97, 98]], np.int32))[0, -1]
     np.testing.assert_allclose(got[0], want, atol=1e-5)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny_models import BERT, GEMMA, LLAMA, build, on_devices
+from tiny_models import BERT, GEMMA, LLAMA, build, logits, on_devices
 
 from lm_jax.data.tokenizer_base import BytesTokenizer, CharacterTokenizer
 from lm_jax.errors import UserError
@@ -21,13 +21,13 @@ PREFIX = dataclasses.replace(LLAMA, prefix_attention=True, vocab_size=10)
 MASKED = dataclasses.replace(BERT, layers=1)
 
 
-def log_softmax(logits):
-    logits = np.asarray(logits, np.float64)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+def log_softmax(scores):
+    scores = np.asarray(scores, np.float64)
+    return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
 
 
 def scores_of(model, ids, **inputs):
-    return log_softmax(model.logits(model(np.asarray([ids], np.int32), **inputs)[0])[0])
+    return log_softmax(logits(model, np.asarray([ids], np.int32), **inputs)[0])
 
 
 def check_place(scores, place, log_p, answer):

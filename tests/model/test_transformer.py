@@ -1,6 +1,7 @@
 """The forward pass: against the papers in numpy, and what no token may see."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -186,7 +187,8 @@ def test_adapters_merged_into_their_weights_change_no_logit():
 
 
 def test_adapters_start_as_nothing():
-    model, ids = Transformer(LORA, jax.random.key(0)), tokens(1)
+    model = quick_jit(functools.partial(Transformer, LORA))(jax.random.key(0))
+    ids = tokens(1)
     all_of_it = params_lib.split(model)
     base = {name: x for name, x in all_of_it.items() if not lora.is_adapter(name)}
     assert len(all_of_it) - len(base) == 2 * len(LORA.lora.targets)
