@@ -114,13 +114,14 @@ def test_workers_change_nothing(tmp_path):
     assert worker_states == states
     for x, y in zip(whole, batches, strict=True):
         assert_same(x, y)
+    config.workers = 1
     resumed, _ = run(config, count=2, state=states[3])
     for x, y in zip(whole[3:5], resumed, strict=True):
         assert_same(x, y)
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_record_surfaces_with_its_place(tmp_path, workers):
     path = tmp_path / "a.jsonl"
     jsonl(path, numbered_documents([5] * 8))
@@ -208,7 +209,7 @@ import multiprocessing, os, signal, sys
 from data_helpers import NumbersTokenizer, data_config
 from lm_jax.data.loader import train_stream
 if __name__ == "__main__":
-    config = data_config(sys.argv[1], epochs=None, workers=2)
+    config = data_config(sys.argv[1], epochs=None, workers=1)
     stream = train_stream(config, NumbersTokenizer(eos_id=3), seed=0)
     next(stream)
     print(*(p.pid for p in multiprocessing.active_children()), flush=True)
@@ -231,12 +232,12 @@ def test_workers_end_with_the_program(tmp_path, end):
     )
     assert done.returncode == (0 if end == "returns" else -9)
     workers = [int(pid) for pid in done.stdout.split()]
-    assert len(workers) == 2
+    (worker,) = workers
     for _ in range(100):
-        if not any(_runs(pid) for pid in workers):
+        if not _runs(worker):
             return
         time.sleep(0.1)
-    raise AssertionError("worker processes outlive the program")
+    raise AssertionError("a worker outlives the program")
 
 
 def _runs(pid):

@@ -37,13 +37,16 @@ ASKED = [
 LENGTH, STRIDE = 48, 12
 
 
-@pytest.fixture(scope="module", params=CASES)
-def folder(request, tmp_path_factory) -> pathlib.Path:
-    out = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, pathlib.Path]:
+    return {case: written(case, tmp_path_factory.mktemp(case)) for case in CASES}
+
+
+def written(case: str, out: pathlib.Path) -> pathlib.Path:
     published_folders.write(out, published_folders.FAMILIES[
-        "roberta" if request.param == "roberta" else "bert"
+        "roberta" if case == "roberta" else "bert"
     ]())  # fmt: skip
-    tokenizer, (name, values) = hf.AutoTokenizer.from_pretrained(out), CASES[request.param]
+    tokenizer, (name, values) = hf.AutoTokenizer.from_pretrained(out), CASES[case]
     torch.manual_seed(0)
     config = getattr(hf, name + "Config")(**values | {"vocab_size": len(tokenizer)})
     model = getattr(hf, name + "ForQuestionAnswering")(config)
@@ -110,7 +113,9 @@ def same(a: list[Found], b: list[Found]) -> None:
     np.testing.assert_allclose([s for _, *s in a], [s for _, *s in b], atol=1e-4)
 
 
-def test_it_answers_as_in_transformers_and_comes_and_goes(folder, tmp_path):
+@pytest.mark.parametrize("case", CASES)
+def test_it_answers_as_in_transformers_and_comes_and_goes(case, folders, tmp_path):
+    folder = folders[case]
     want = theirs(folder, most=6)
     assert len({text for text, *_ in want}) == 3
     same(ours(folder, most=6), want)
@@ -123,7 +128,9 @@ def test_it_answers_as_in_transformers_and_comes_and_goes(folder, tmp_path):
     assert comparison.agree() and comparison.same_choice > 0.95
 
 
-def test_fine_tuned_it_is_exported(folder, tmp_path):
+def test_fine_tuned_it_is_exported(folders, tmp_path):
+    """As the test before exports each family: of what a run has learned there is one."""
+    folder = folders["bert"]
     path = tmp_path / "asked.jsonl"
     path.write_text("".join(
         json.dumps({"question": e.prompt, "context": e.context, "answers": list(e.targets)}) + "\n"
@@ -141,13 +148,13 @@ def test_fine_tuned_it_is_exported(folder, tmp_path):
     assert set(report["scores"]) == {"f1", "exact_match"} and len(result.records) == 24
 
 
-def test_a_threshold_needs_questions_without_an_answer(folder, tmp_path):
+def test_a_threshold_needs_questions_without_an_answer(folders, tmp_path):
     path = tmp_path / "asked.jsonl"
     path.write_text(
         json.dumps({"question": "who?", "context": "a dog", "answers": []}) + "\n"
         + json.dumps({"question": "who?", "context": "a dog", "answers": ["dog"]}) + "\n"
     )  # fmt: skip
-    ask = functools.partial(evaluate_task, str(folder), "answer", sources=[str(path)])
+    ask = functools.partial(evaluate_task, str(folders["bert"]), "answer", sources=[str(path)])
     report, result = ask(unanswerable=True, null_threshold=1e9)
     assert report["examples"] == 2 and all(r["prediction"] for r in result.records)
     _, result = ask(unanswerable=True, null_threshold=-1e9)
