@@ -11,7 +11,14 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry, known_implementations
 
 from lm_jax import paths
-from lm_jax.config import Config, DataConfig, ModelConfig, TokenizerConfig, TrainingConfig
+from lm_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainingConfig,
+)
 from lm_jax.data import files
 from lm_jax.data.sources import documents
 from lm_jax.errors import UserError
@@ -177,6 +184,7 @@ def test_a_run_lives_in_a_bucket(bucket, monkeypatch, tmp_path):
             model=ModelConfig(layers=1, width=16, heads=2, max_length=32, dtype="float32"),
             tokenizer=TokenizerConfig(kind="sentencepiece", vocab_size=280),
             data=DataConfig(sources=("gs://bucket/text",), length=32, batch_size=8),
+            optimizer=OptimizerConfig(schedule="constant"),  # however many steps: compiled once
             training=TrainingConfig(
                 **{"evaluate_every": 2, "sample_tokens": 3, "sample_prompt": "the"} | training
             ),

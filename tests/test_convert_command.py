@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import peft
 import pytest
+import tiny_models
 import tokenizers
 import torch
 import transformers
-from tiny_models import on_devices
 
 from lm_jax.config import Config, LoraConfig
 from lm_jax.errors import UserError
@@ -77,11 +77,11 @@ def logits(model) -> np.ndarray:
 
 
 def ours(path: pathlib.Path) -> np.ndarray:
-    mesh = on_devices((1, 1, 1))
+    mesh = tiny_models.on_devices((1, 1, 1))
     loaded = load_for_inference(str(path), mesh, None, "float32")
     ids = (np.arange(24)[None] % 30).astype(np.int32)
     with jax.set_mesh(mesh):
-        return np.asarray(loaded.model.logits(loaded.model(ids)[0]))
+        return np.asarray(tiny_models.logits(loaded.model, ids))
 
 
 def run(command: str, *args: object) -> str:
@@ -146,7 +146,7 @@ def test_whatever_ends_a_published_models_text_ends_it_here_and_after(published,
     model.save_pretrained(folder)
     want = model.generate(ids, max_new_tokens=8, do_sample=False)[0, 2:].tolist()
     assert 2 < len(want) < 8 and want[-1] == stop
-    mesh = on_devices((1, 1, 1))
+    mesh = tiny_models.on_devices((1, 1, 1))
     loaded = load_for_inference(str(folder), mesh)
     assert loaded.tokenizer.vocab_size == 33 > loaded.model.config.vocab_size
     conversion.to_huggingface(loaded, str(tmp_path / "again"))

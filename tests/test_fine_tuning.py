@@ -26,7 +26,10 @@ from lm_jax.training.weights import load_for_inference
 from lm_jax.training.workdir import read_config
 
 SHAPE = {"layers": 2, "width": 32, "heads": 4, "mlp_width": 64, "max_length": 64}
-ADAPTERS = LoraConfig(rank=2, targets=("query", "out", "down"))
+ADAPTERS = {
+    "model__lora": LoraConfig(rank=2, targets=("query", "out", "down")),
+    "optimizer__learning_rate": 0.1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,7 @@ def recipe(corpus: pathlib.Path, **changes) -> Config:
         "model__dtype": "float32",
         "optimizer__learning_rate": 0.01,
         "optimizer__warmup_steps": 1,
+        "optimizer__schedule": "constant",  # of any number of steps: compiled once
         "training__steps": 2,
         "training__evaluate_every": 0,
         "logging__tensorboard": False,
@@ -71,9 +75,7 @@ def base(tmp_path_factory, corpus) -> str:
 def adapted(tmp_path_factory, corpus, base) -> str:
     """A finished run of adapters to `base`, which has a shape that its recipe does not say."""
     workdir = str(tmp_path_factory.mktemp("runs") / "adapted")
-    config = recipe(corpus, init_from=base, model__lora=ADAPTERS, training__evaluate_every=2)
-    config.optimizer.learning_rate = 0.1
-    train(config, workdir)
+    train(recipe(corpus, init_from=base, training__evaluate_every=2, **ADAPTERS), workdir)
     return workdir
 
 
@@ -204,7 +206,7 @@ def test_a_published_model_is_trained_on(corpus, base, published, tmp_path):
 
 def test_adapters_of_a_published_model(corpus, base, published, tmp_path):
     source, workdir = copied(published, tmp_path / "source"), str(tmp_path / "run")
-    config = recipe(corpus, init_from=source, model__lora=ADAPTERS)
+    config = recipe(corpus, init_from=source, **ADAPTERS)
     train(config, workdir)
     before, after = loaded(base), loaded(workdir)
     changed = {name for name in before if (before[name] != after[name]).any()}
@@ -257,7 +259,7 @@ def test_a_run_may_start_from_merged_adapters(corpus, adapted, tmp_path):
     assert read_config(tmp_path / "run").model.lora.rank == 0
 
     # Or with more of them: its base is then itself one with adapters.
-    config = recipe(corpus, init_from=adapted, model__lora=ADAPTERS)
+    config = recipe(corpus, init_from=adapted, **ADAPTERS)
     train(config, str(tmp_path / "more"))
     again = loaded(str(tmp_path / "more"))
     assert (again["blocks.mlp.down"] != want["blocks.mlp.down"]).any()
@@ -266,7 +268,7 @@ def test_a_run_may_start_from_merged_adapters(corpus, adapted, tmp_path):
 
 def test_the_base_must_be_there_and_the_same(corpus, base, tmp_path):
     source, workdir = copied(base, tmp_path / "source"), str(tmp_path / "run")
-    config = recipe(corpus, init_from=source, model__lora=ADAPTERS)
+    config = recipe(corpus, init_from=source, **ADAPTERS)
     train(config, workdir)
     want, config.training.steps = loaded(workdir), 3
 
@@ -303,14 +305,9 @@ def test_the_base_must_be_there_and_the_same(corpus, base, tmp_path):
 
 
 def test_a_killed_run_of_adapters_resumes_bit_for_bit(corpus, base, tmp_path):
-    env = environment(cache=tmp_path / "cache")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = tiny(corpus, init_from=base, model__lora__rank=2, training__steps=60)
+    env, whole, killed = environment(), tmp_path / "whole", tmp_path / "killed"
+    flags = tiny(corpus, init_from=base, model__lora__rank=2, training__steps=commands.STEPS)
     commands.train(*flags, f"--workdir={whole}", env=env)
-    kill_after(30, killed, [*flags, f"--workdir={killed}"], env)
+    kill_after(10, killed, [*flags, f"--workdir={killed}"], env)
     commands.train(*flags, f"--workdir={killed}", env=env)
-    expected, found = stored_arrays(whole, 60), stored_arrays(killed, 60)
-    assert expected.keys() == found.keys()
-    for name in expected:
-        np.testing.assert_array_equal(expected[name], found[name], err_msg=name, strict=True)
-    assert losses(whole) == losses(killed) and len(losses(whole)) == 60
+    commands.assert_same_run(whole, killed)

@@ -9,7 +9,7 @@ from commands import MASKED, environment, tiny
 
 def test_a_masked_run_learns_shows_it_and_is_measured_again(tmp_path):
     corpus, workdir = commands.write_corpus(tmp_path / "corpus"), tmp_path / "run"
-    env = environment(cache=tmp_path / "cache")
+    env = environment()
     flags = tiny(
         corpus,
         training__steps=60,

@@ -19,6 +19,7 @@ import commands
 import jax
 import numpy as np
 import pytest
+from tiny_models import logits
 
 from lm_jax.config import Config, MeshConfig, walk
 from lm_jax.data.chat import chat_template_for
@@ -65,6 +66,7 @@ _TINY = {
     "tokenizer.kind": "bytes",
     "data.length": 32,
     "data.batch_size": 8,
+    "optimizer.schedule": "constant",  # others depend on the number of steps: compiled for each
     "training.accumulation": 1,
     "training.evaluate_batches": 1,
     "training.sample_tokens": 4,
@@ -127,7 +129,7 @@ def checkout(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def done(checkout) -> str:
     """What the commands printed, all of them having succeeded."""
-    env = commands.environment(cache=checkout / "cache") | {
+    env = commands.environment() | {
         "TFDS_DATA_DIR": str(checkout / "tfds"),
         "HF_HOME": str(checkout / "hf"),
         "HF_HUB_OFFLINE": "1",
@@ -208,8 +210,7 @@ def looks(done, checkout) -> dict[str, tuple[list[str], np.ndarray, np.ndarray]]
             ids = chat_template_for(t, "chat").encode(t, said, add_generation_prompt=True)
             ids = np.concatenate([ids, t.encode(" A cat.")])
         with jax.set_mesh(mesh):
-            x_BTD, _ = loaded.model(ids[None])
-            log_p_TV = jax.nn.log_softmax(loaded.model.logits(x_BTD)[0])
+            log_p_TV = jax.nn.log_softmax(logits(loaded.model, ids[None])[0])
         names = [t.specials.get(i) or t.spelling(i).decode("latin-1") for i in map(int, ids)]
         found[page] = [name.replace("\n", "⏎") for name in names], ids, np.asarray(log_p_TV)
     return found

@@ -31,6 +31,25 @@ def prepare() -> None:
 
 
 @contextlib.contextmanager
+def compiled_anew() -> Iterator[None]:
+    """Without jax's cache, from which a program comes without what the compiler says of it."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_enable_compilation_cache
+
+    def set_to(enabled: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()  # else it goes on as it began
+
+    set_to(False)
+    try:
+        yield
+    finally:
+        set_to(before)
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps what C++ writes to the terminal by itself off it; its errors are raised as exceptions
     all the same. Where one is, what was kept is shown with it, unless it is of what does not fit.

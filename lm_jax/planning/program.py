@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from lm_jax.config import Config
-from lm_jax.planning.environment import quiet
+from lm_jax.planning.environment import compiled_anew, quiet
 from lm_jax.planning.hlo import arrays_of
 from lm_jax.planning.work import Work, traced_work
 from lm_jax.training.checkpoint import abstract_parameters
@@ -81,7 +81,7 @@ def compile_step(config: Config, mesh: Mesh, masking: Masking | None = None) -> 
         # The text of a step whose collectives run on SparseCores cannot be had in another way.
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            with quiet():
+            with quiet(), compiled_anew():
                 compiled = traced.lower().compile(compiler_options=dump)
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):

@@ -164,9 +164,7 @@ def test_serving(tmp_path):
     random_llama.write(folder, dataclasses.replace(model, max_length=512), "float32", 10**9)
     write_huggingface_tokenizer(BytesTokenizer(), folder)
     flags = ["--clients=6", "--seconds=0.3", "--tokens=8", "--requests=4", "--slots=4"]
-    done = run(
-        "serving", f"--model={folder}", *flags, **commands.environment(cache=tmp_path / "cache")
-    )
+    done = run("serving", f"--model={folder}", *flags, **commands.environment())
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["model"] == "tiny" and result["many"]["clients"] == 6

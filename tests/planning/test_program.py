@@ -80,6 +80,11 @@ def test_memory_is_that_of_a_device(sharded):
     assert sharded.buffers[0].bytes >= sharded.buffers[-1].bytes > 0
 
 
+def test_what_was_compiled_before_is_known_as_well(sharded):
+    again = compile_step(STEP, sharded.mesh)
+    assert (again.memory, again.buffers) == (sharded.memory, sharded.buffers)
+
+
 def traced(config, mesh, masking=None):
     """The work of a step that is not compiled."""
     step = make_step(config, masking)
