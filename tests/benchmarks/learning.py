@@ -1,0 +1,94 @@
+"""What each part of a recipe is worth: validation losses of the variant `cpu_muon` of
+configs/shakespeare_char.py with half of the steps, with one thing changed at a time, beside
+nanoGPT's recipe with all of them.
+
+    python tests/benchmarks/learning.py --text=input.txt
+
+The parameters, the batches and the seed are the same for all, but for what a row says. Prints a
+table and a JSON line: the loss over the whole validation split after the last step, and the first
+step at which it was seen to be 1.88 or less, which is what nanoGPT publishes for its 2000 steps.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+RECIPE = "configs/shakespeare_char.py"
+PUBLISHED = 1.88  # nanoGPT's README.md
+WHOLE = 2000  # steps of its CPU recipe
+
+# What is changed -> the variant of the recipe, and settings.
+RUNS: dict[str, tuple[str, dict[str, object]]] = {
+    "nanoGPT's recipe, all steps": ("cpu", {"model.init_std": 0.02, "training.steps": WHOLE}),
+    "nanoGPT's recipe": ("cpu", {"model.init_std": 0.02}),
+    "and weights of 1 / sqrt(width) at the start": ("cpu", {}),
+    "this recipe": ("cpu_muon", {}),
+    "AdamW for Muon (Jordan et al. 2024)": ("cpu_muon", {"optimizer.name": "adamw"}),
+    "learned positions for RoPE (Su et al. 2021)": ("cpu_muon", {"model.position": "learned"}),
+    "no QK-norm (Henry et al. 2020)": ("cpu_muon", {"model.qk_norm": False}),
+    "weights of 0.02 at the start": ("cpu_muon", {"model.init_std": 0.02}),
+    "WSD for cosine (Hu et al. 2024)": ("cpu_muon", {"optimizer.schedule": "wsd"}),
+    "squared ReLU for GELU (So et al. 2021)": (
+        "cpu_muon",
+        {"model.activation": "relu_squared"},
+    ),
+    "RMS norm for layer norm (Zhang and Sennrich 2019)": ("cpu_muon", {"model.norm": "rmsnorm"}),
+    "half of the steps again": ("cpu_muon", {"training.steps": WHOLE // 4}),
+}
+
+
+def run(variant: str, settings: dict[str, object], workdir: str) -> list[tuple[int, float]]:
+    """The validation losses of a run, by step."""
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    command = ["-m", "lm_jax.train", f"--config={RECIPE}:{variant}", f"--workdir={workdir}"]
+    done = subprocess.run(
+        [sys.executable, *command, *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(done.stderr)
+    with open(pathlib.Path(workdir) / "metrics.jsonl") as f:
+        lines = [json.loads(line) for line in f]
+    return [(line["step"], line["loss"]) for line in lines if line["kind"] == "validation"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--text", required=True, help="tinyshakespeare, a file")
+    parser.add_argument("--steps", type=int, default=WHOLE // 2, help="of runs that name none")
+    parser.add_argument("--every", type=int, default=50, help="steps between two validations")
+    parser.add_argument("--only", type=int, nargs="*", help="rows of the table, from 0 on")
+    parser.add_argument("--set", nargs="*", default=[], help="KEY=VALUE, for each run")
+    flags = parser.parse_args()
+    common = dict(setting.split("=", 1) for setting in flags.set)
+    names = list(RUNS)
+    rows = []
+    print(f"{'changed':<51} {'steps':>5} {'loss':>7}  {PUBLISHED} at step", flush=True)
+    for index in range(len(names)) if flags.only is None else flags.only:
+        variant, changed = RUNS[names[index]]
+        settings = {
+            "data.sources": os.path.abspath(flags.text),
+            "training.steps": flags.steps,
+            "training.evaluate_every": flags.every,
+            "training.sample_tokens": 0,
+            "checkpoint.every": 0,
+            **changed,
+            **common,
+        }
+        with tempfile.TemporaryDirectory() as workdir:
+            losses = run(variant, settings, workdir)
+        steps, loss = losses[-1]
+        reached = next((step for step, loss in losses if loss <= PUBLISHED), None)
+        print(f"{names[index]:<51} {steps:>5} {loss:>7.4f}  {reached or '-'}", flush=True)
+        rows.append({"changed": names[index], "steps": steps, "loss": loss, "reached": reached})
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
