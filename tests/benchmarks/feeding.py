@@ -170,7 +170,7 @@ def feeding(folder: pathlib.Path, kind: str, flags: argparse.Namespace) -> dict[
     """How many batches the streams have ready in the time of a step."""
     import jax
     import numpy as np
-    import one_device
+    import train_step
 
     from lm_jax import runtime
     from lm_jax.config import DataConfig
@@ -201,7 +201,7 @@ def feeding(folder: pathlib.Path, kind: str, flags: argparse.Namespace) -> dict[
     rng = np.random.default_rng(0)
     shape = data.batch_size, data.length + 1
     tokens = rng.integers(1, config.model.vocab_size, shape).astype(np.int32)
-    mesh, _, update, state, batch = one_device.begin(config, tokens)
+    mesh, _, update, state, batch = train_step.begin(config, tokens)
     seen: dict[str, list[float]] = {name: [] for name in ("step", *made_of)}
     with jax.set_mesh(mesh):
         for i in range(flags.rounds + 1):

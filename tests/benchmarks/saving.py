@@ -28,8 +28,8 @@ sys.path[:0] = [str(ROOT)]
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-import one_device  # noqa: E402
 import resident  # noqa: E402
+import train_step  # noqa: E402
 
 from lm_jax import runtime  # noqa: E402
 from lm_jax.config import (  # noqa: E402
@@ -87,7 +87,7 @@ def main() -> None:
             training=TrainingConfig(steps=10**6),
         )
     )
-    mesh, step, update, state, batch = one_device.begin(config, np.ones((2, 257), np.int32))
+    mesh, step, update, state, batch = train_step.begin(config, np.ones((2, 257), np.int32))
     seen: dict[str, list[float]] = {
         name: [] for name in ("save", "restore", "dd write", "dd read", "stall", "step", "extra")
     }

@@ -122,11 +122,11 @@ def ours(config: Config, tokens: np.ndarray):
     runtime.configure()
 
     import jax
-    import one_device
+    import train_step
 
     from lm_jax.model import parameters as params_lib
 
-    mesh, step, update, state, batch = one_device.begin(config, tokens)
+    mesh, step, update, state, batch = train_step.begin(config, tokens)
 
     def run(steps: int) -> tuple[list[float], float]:
         nonlocal state

@@ -1,4 +1,4 @@
-"""A run's train step on one device, and a batch of rows of one document each."""
+"""A run's train step, and a batch of rows of one document each."""
 
 from typing import Any, NamedTuple
 
@@ -20,12 +20,13 @@ class Begun(NamedTuple):
     batch: dict[str, jax.Array]
 
 
-def begin(config: Config, tokens: np.ndarray) -> Begun:
+def begin(config: Config, tokens: np.ndarray, devices: int = 1) -> Begun:
     """
     Args:
       tokens: int32 [B, T + 1].
+      devices: how many of those there are, each with a part of the rows.
     """
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
     whole = np.ones((tokens.shape[0], tokens.shape[1] - 1), np.int32)
     batch = {
         "inputs": tokens[:, :-1].copy(),
