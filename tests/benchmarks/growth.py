@@ -111,7 +111,7 @@ def main() -> None:
         print(json.dumps(measure(Point(**json.loads(flags.point)), flags.steps)))
         return
     if flags.toy:
-        todo = points(TOY, {"layers": (1, 2), "devices": (2,)})
+        todo = points(TOY, {"layers": (1,), "devices": (1, 2)})
     else:
         todo = points(BASE, GROWTH)
     rows, known = [], {}

@@ -232,3 +232,27 @@ def test_saving(tmp_path):
     assert got["bytes"] > 12 * 256 * 64  # a parameter and its two moments, of 4 bytes each
     assert all(got[name] > 0 for name in ("save", "restore", "dd write", "dd read", "stall"))
     assert not list(tmp_path.iterdir())
+
+
+def test_growth_compares_each_size_with_the_first():
+    rows = result_of("growth", "--toy", "--steps=1")
+    sizes = {"layers": [1], "devices": [1, 2], "layers, unrolled": [1]}
+    for name, wanted in sizes.items():
+        found = [row for row in rows if row["what"] == name]
+        assert [row["size"] for row in found] == wanted and found[0]["times"] == 1
+        assert all(row["compile_s"] > 0 for row in found)
+        for row in found:
+            times = row["step_ms"] / found[0]["step_ms"]
+            assert row["times"] == pytest.approx(times, abs=0.01)
+
+
+def test_learning_tells_what_a_change_is_worth(tmp_path):
+    text = tmp_path / "input.txt"
+    text.write_text("".join(f"{n} is followed by {n + 1}.\n" for n in range(300)))
+    toy = ["model.width=32", "model.layers=1", "data.length=32", "model.max_length=32"]
+    flags = [f"--text={text}", "--steps=4", "--every=2", "--only", "1", "3", "--set", *toy]
+    plain, better = result_of("learning", *flags)
+    assert plain["changed"] == "nanoGPT's recipe" and better["changed"] == "this recipe"
+    for row in (plain, better):
+        assert row["steps"] == 4 and 1 < row["loss"] < 4 and row["reached"] is None
+    assert better["loss"] < plain["loss"]
