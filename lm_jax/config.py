@@ -178,8 +178,8 @@ class DataConfig:
     # What is given, such as 'Question: {question} Answer:'. chat: what the user says; without a
     # target, '{messages}', the field of a whole conversation.
     prompt: str = ""
-    # What is to be told: complete, chat and extract, as '{answer}'; classify, the label, by name or
-    # number.
+    # What is to be told: complete, chat and extract, as '{answer}'; classify, the label: an integer
+    # is its number, a text its name, or of digits its number where no name is made of digits.
     # A field may hold several right answers; the first is learned.
     target: str = ""
     # chat: the answers of a conversation are learned in one example, or each in one of its own, to

@@ -62,7 +62,7 @@ class Parquet(Records):
     def place(self, i: int) -> str:
         return f"{self.path}: row {i + 1}"
 
-    def __getitem__(self, i: int) -> Record:
+    def __getitem__(self, i: int) -> Record | None:
         import pyarrow as pa
 
         group = bisect.bisect_right(self.starts, i) - 1
@@ -72,7 +72,7 @@ class Parquet(Records):
             return {name: table.column(name)[at].as_py() for name in self.columns}
         except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
             self.bad(i, f"cannot be read: {e}")
-            return {}
+            return None
 
 
 _row_groups: OrderedDict[tuple[str, int, tuple[str, ...]], Any] = OrderedDict()
@@ -147,7 +147,7 @@ class Tfds(Records):
     def place(self, i: int) -> str:
         return f"tfds:{self.name}: {self.split} record {i}"
 
-    def __getitem__(self, i: int) -> Record:
+    def __getitem__(self, i: int) -> Record | None:
         if self._records is None:
             self._records = _tfds_records(self.name, self.split, os.environ.get("TFDS_DATA_DIR"))
         record = self._records[i]
@@ -155,7 +155,7 @@ class Tfds(Records):
             return {name: _plain(record[name]) for name in self.wanted}
         except UnicodeDecodeError as e:
             self.bad(i, f"not UTF-8 at byte {e.start}")
-            return {}
+            return None
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -97,9 +97,10 @@ class Examples(Sequence):
         return len(self.records)
 
     def __getitem__(self, i: int) -> Example:
-        record = flat(self.records[i])
-        if not record:
+        record = self.records[i]
+        if record is None:
             return SKIPPED
+        record = flat(record)
         if self.objective == "chat" and not self.target.parts:
             return self._conversation(record, i)
         origin = self.records, i
@@ -110,7 +111,7 @@ class Examples(Sequence):
                 context, _ = self._fill(self.context, record)
                 place = self._place(record, context, targets[0])
                 return Example(prompt, targets, context=context, **place, origin=origin)
-            label = self._label(targets[0]) if self.objective == "classify" else 0
+            label = self._label(record, targets[0]) if self.objective == "classify" else 0
         except KeyError as e:
             return self._bad(i, self._missing(e.args[0], list(record)))
         except ValueError as e:
@@ -182,16 +183,32 @@ class Examples(Sequence):
             )
         return start
 
-    def _label(self, value: str) -> int:
-        if value in self.labels:
+    def _label(self, record: Record, value: str) -> int:
+        """The number of a class. An integer in a record is that; a text is a name, and where no
+        name is made of digits, digits (CSV has texts alone) are the number."""
+        number = self._is_number(record)
+        if not number and value in self.labels:
             return self.labels.index(value)
-        if value.isdecimal() and int(value) < len(self.labels):
-            return int(value)
+        if number or (value.isdecimal() and not any(map(str.isdecimal, self.labels))):
+            if 0 <= int(value) < len(self.labels):
+                return int(value)
+            raise ValueError(
+                f"there is no class of the number {value}: data.labels ({', '.join(self.labels)})"
+                f" are 0 to {len(self.labels) - 1}"
+                + (", and a name stands in quotes" if value in self.labels else "")
+            )
         near = difflib.get_close_matches(value, self.labels, n=1)
         raise ValueError(
             f"'{value}' is none of data.labels ({', '.join(self.labels)})"
             + (f"; did you mean '{near[0]}'?" if near else "")
         )
+
+    def _is_number(self, record: Record) -> bool:
+        """Whether the label is an integer by itself, not written out as a text."""
+        ((before, name), *rest) = self.target.parts
+        value = record[name] if name and not before and not rest else None
+        value = value[0] if isinstance(value, list) and value else value
+        return isinstance(value, int)
 
     def _missing(self, name: str, fields: Sequence[str]) -> str:
         return (
@@ -208,6 +225,15 @@ def _said(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+# Keys of a message that say what neither its content nor a plain chat template does, or how much of
+# it is to be learned; all others are about it (a date, its model).
+_MORE = (
+    "tool_calls", "tool_call_id", "function_call", "tools", "functions", "reasoning",
+    "reasoning_content", "thinking", "refusal", "audio", "images", "documents", "weight",
+)  # fmt: skip
+_NOTHING = (None, "", [], {})
+
+
 def _messages(value: Any, name: str) -> tuple[dict[str, str], ...]:
     """The messages in a field, up to the last one that the assistant says.
 
@@ -220,9 +246,18 @@ def _messages(value: Any, name: str) -> tuple[dict[str, str], ...]:
     for n, message in enumerate(value, 1):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f"'{name}': message {n} is no object with 'role' and 'content'")
-        for key in ("role", "content"):
-            _text(message, key)
-        found.append(_said(str(message["role"]), str(message["content"])))
+        for key in _MORE:
+            if message.get(key) not in _NOTHING and (key, message[key]) != ("weight", 1):
+                raise ValueError(
+                    f"'{name}': message {n} has '{key}', which would be lost: a message is learned"
+                    " by its 'role', 'content' and 'name'"
+                )
+        texts = {"role": message["role"], "content": message["content"]}
+        if message.get("name") not in _NOTHING:
+            texts["name"] = message["name"]
+        found.append({key: _text(texts, key) for key in texts})
+        if found[1:] and found[-1]["role"] == "assistant" and not found[-1]["content"].strip():
+            raise ValueError(f"'{name}': message {n}, the assistant's, is empty")
     while found and found[-1]["role"] != "assistant":
         found.pop()
     if not found:

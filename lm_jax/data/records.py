@@ -1,7 +1,7 @@
 """Random access to records, dicts of fields: JSON lines, CSV and SQuAD.
 
-A record that cannot be read raises a `UserError` or, with `data.on_error='skip'`, reads as {}; see
-`lm_jax.data.readers`.
+A record that cannot be read raises a `UserError` or, with `data.on_error='skip'`, reads as None;
+see `lm_jax.data.readers`.
 """
 
 import csv
@@ -30,7 +30,7 @@ class Records(Sequence):
     def __init__(self, errors: Errors, fields: Sequence[str] | None = None):
         self.errors, self.fields = errors, fields
 
-    def __getitem__(self, i: int) -> Record:
+    def __getitem__(self, i: int) -> Record | None:
         raise NotImplementedError
 
     def place(self, i: int) -> str:
@@ -72,7 +72,7 @@ class Column(Sequence):
 
     def __getitem__(self, i: int) -> str:
         record = self.records[i]
-        if not record:
+        if record is None:
             return ""
         if self.key not in record:
             why = self.records.missing(self.key, list(record))
@@ -114,21 +114,21 @@ class JsonLines(Records):
     def place(self, i: int) -> str:
         return self.lines.place(i)
 
-    def __getitem__(self, i: int) -> Record:
+    def __getitem__(self, i: int) -> Record | None:
         text = self.lines[i]
         if not text and self.errors.skip:
-            return {}
+            return None
         try:
             record = json.loads(text)
         except json.JSONDecodeError as e:
             self.bad(i, f"not JSON: {e.msg} at column {e.colno}; one object a line is read")
-            return {}
+            return None
         except RecursionError:
             self.bad(i, "not JSON: nested too deeply")
-            return {}
+            return None
         if not isinstance(record, dict):
             self.bad(i, f"a JSON object is wanted, not {kind(record)}")
-            return {}
+            return None
         return record
 
 

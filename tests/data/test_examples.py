@@ -116,6 +116,8 @@ def test_squad_is_flat_and_has_all_answers(tmp_path):
             r"a\.jsonl:1: 'a' must be text or a number, not null",
         ),
         ("a.jsonl", '{"q": "1", "a": []}\n', r"a\.jsonl:1: 'a' is empty: there is nothing"),
+        ("a.jsonl", "{}\n", r"a\.jsonl:1: no key 'q'; keys: none"),
+        ("a.json", [{"q": "1", "a": "x"}, {}], r"a\.json: record 2: no key 'q'; keys: none"),
         ("a.jsonl", "[1]\n", r"a\.jsonl:1: a JSON object is wanted, not a list"),
         ("a.csv", "q,a\n1\n", r"a\.csv:2: 1 columns, and the first line has 2"),
         ("a.csv", "q,q\n1,2\n", r"a\.csv:1: two columns have the same name"),
@@ -144,11 +146,11 @@ def test_what_is_wrong_is_named_by_its_place(name, content, said, tmp_path):
 
 
 def test_what_is_wrong_can_be_skipped(tmp_path):
-    lines = ['{"q": "1", "a": "x"}', "no", '{"q": "2"}', '{"q": "3", "a": "z"}']
+    lines = ['{"q": "1", "a": "x"}', "no", '{"q": "2"}', "{}", '{"q": "3", "a": "z"}']
     source = write(tmp_path, "a.jsonl", "\n".join(lines))
     found = documents(complete(source, on_error="skip"), "train")
-    assert [e.targets for e in found] == [("x",), (), (), ("z",)]
-    assert found.errors.count == 2
+    assert [e.targets for e in found] == [("x",), (), (), (), ("z",)]
+    assert found.errors.count == 3
 
 
 def test_labels_are_numbers_or_names(tmp_path):
@@ -162,6 +164,42 @@ def test_labels_are_numbers_or_names(tmp_path):
     config.labels = ("bat", "god")
     with pytest.raises(UserError, match=r"a\.csv:3: 'bad' is none of .*did you mean 'bat'"):
         list(documents(config, "train"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "values", "want"),
+    [
+        (("1", "2", "3"), [0, 1, 2, "1", "2", "3"], [0, 1, 2, 0, 1, 2]),
+        (("0", "1"), ["1", 1, [0, 1]], [1, 1, 0]),
+        (("bad", "good"), [1, "1", "good"], [1, 1, 1]),
+        (("1", "2", "3"), [3], "no class of the number 3: .* are 0 to 2, and a name stands in q"),
+        (("1", "2", "3"), ["0"], r"'0' is none of data\.labels"),
+        (("1", "2", "x"), ["0"], r"'0' is none of data\.labels"),
+        (("bad", "good"), [-1], "no class of the number -1"),
+        (("bad", "good"), ["2"], "no class of the number 2"),
+        (("bad", "good"), [1.0], r"'1\.0' is none of data\.labels"),
+    ],
+)
+def test_an_integer_is_the_number_of_a_class_and_a_text_its_name(labels, values, want, tmp_path):
+    """Names may be digits, as those of stars that a review gives."""
+    lines = "\n".join(json.dumps({"text": "a", "label": x}) for x in values)
+    source = write(tmp_path, "a.jsonl", lines)
+    config = complete(source, objective="classify", prompt="{text}", target="{label}",
+                      labels=labels, pooling="first")  # fmt: skip
+    if isinstance(want, str):
+        with pytest.raises(UserError, match=r"a\.jsonl:1: .*" + want):
+            list(documents(config, "train"))
+        return
+    found = list(documents(config, "train"))
+    assert [e.label for e in found] == want
+    assert [e.targets for e in found] == [(labels[i],) for i in want]
+
+
+def test_a_name_of_a_class_can_be_made_of_a_number(tmp_path):
+    source = write(tmp_path, "a.jsonl", '{"text": "a", "label": 1}\n')
+    config = complete(source, objective="classify", prompt="{text}", target="{label} stars",
+                      labels=("1 stars", "2 stars"), pooling="first")  # fmt: skip
+    assert documents(config, "train")[0].label == 0
 
 
 @pytest.mark.parametrize("text", ["{", "}", "{a.b}", "{a[0]}", "{}", "{a!r}", "{a:3}", "{0}"])
@@ -253,6 +291,37 @@ def test_conversations_are_read_up_to_what_the_assistant_says(tmp_path):
     source = write(tmp_path, "b.jsonl", json.dumps({"m": talk[1:]}))
     with pytest.raises(UserError, match=r"b\.jsonl:1: 'm': the assistant speaks first"):
         documents(complete(source, objective="chat", prompt="{m}", target=""), "train")
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"content": "", "tool_calls": [{"id": "1"}]}, "message 2 has 'tool_calls', which would"),
+        ({"content": "b", "reasoning_content": "c"}, "message 2 has 'reasoning_content'"),
+        ({"content": "b", "weight": 0}, "message 2 has 'weight'"),
+        ({"content": " "}, "message 2, the assistant's, is empty"),
+    ],
+)
+def test_what_a_message_says_beside_its_content_is_not_lost_silently(message, said, tmp_path):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", **message}]
+    more = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    for name, messages in (("last.jsonl", talk), ("before.jsonl", talk + more)):
+        source = write(tmp_path, name, json.dumps({"m": messages}))
+        with pytest.raises(UserError, match=rf"{name}:1: 'm': {said}"):
+            documents(complete(source, objective="chat", prompt="{m}", target=""), "train")
+
+
+def test_what_a_message_does_not_say_is_left_out(tmp_path):
+    talk = [
+        {"role": "user", "content": "a", "name": "Ann", "tool_calls": None, "date": "today"},
+        {"role": "assistant", "content": "b", "tool_calls": [], "weight": 1},
+    ]
+    source = write(tmp_path, "a.jsonl", json.dumps({"m": talk}))
+    (example,) = documents(complete(source, objective="chat", prompt="{m}", target=""), "train")
+    assert example.messages == (
+        {"role": "user", "content": "a", "name": "Ann"},
+        {"role": "assistant", "content": "b"},
+    )
 
 
 def test_what_cannot_be_encoded_is_named_by_its_place_or_left_out(tmp_path):
