@@ -51,7 +51,8 @@ class Answer:
         """
         out = {"prediction": self.text, "start": self.start, "score": round(self.score, 4)}
         if unanswerable:
-            out |= {"candidate": self.text, "null_margin": round(self.null_margin, 4)}
+            # Not rounded: it is what a threshold found later is compared with.
+            out |= {"candidate": self.text, "null_margin": self.null_margin}
             out["prediction"] = "" if self.null_margin > threshold else self.text
         return out
 

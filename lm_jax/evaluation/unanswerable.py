@@ -64,6 +64,9 @@ def best_thresholds(
     """
     has_answer_N = np.array([any(several) for several in references])
     order_N = np.argsort(margins, kind="stable")
+    sorted_N = np.array(margins, float)[order_N]
+    # No threshold parts questions of the same margin: what counts is behind the last of them.
+    parted = np.concatenate([[True], sorted_N[1:] > sorted_N[:-1], [True]])
     out = {}
     for name, of in METRICS.items():
         each_N = np.array(of(candidates, references))
@@ -71,8 +74,8 @@ def best_thresholds(
         # were right until then.
         gained_N = np.where(has_answer_N, each_N, -np.array([bool(x) for x in candidates], float))
         totals = np.concatenate([[0.0], np.cumsum(gained_N[order_N])]) + (~has_answer_N).sum()
-        best = int(totals.argmax())
+        best = int(np.where(parted, totals, -np.inf).argmax())
         # All that have no larger margin are answered; below the smallest one, none.
-        threshold = float(margins[order_N[best - 1]] if best else min(margins) - 1)
+        threshold = float(sorted_N[best - 1] if best else sorted_N[0] - 1)
         out[name] = {"score": float(100 * totals[best] / len(margins)), "threshold": threshold}
     return out

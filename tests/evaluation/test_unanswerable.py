@@ -1,12 +1,14 @@
 """Questions without an answer: their scores by kind, and the threshold that gives the best."""
 
+import json
 import random
 
 import pytest
 
 from lm_jax.evaluation.answers import exact_matches, word_f1s
+from lm_jax.evaluation.extractor import Answer
 from lm_jax.evaluation.metrics import score
-from lm_jax.evaluation.unanswerable import best_thresholds, by_kind
+from lm_jax.evaluation.unanswerable import by_kind, report
 
 METRICS = {"exact_match": exact_matches, "f1": word_f1s}
 
@@ -39,13 +41,20 @@ def test_no_threshold_gives_more_than_the_best(seed):
     found = [text() for _ in range(n)]
     references = [[""], [found[0]]]
     references += [[""] if rng.random() < 0.5 else [text(), text()] for _ in range(n - 2)]
-    margins = [rng.uniform(-5, 5) for _ in range(n)]
+    # Some are the same, and some almost.
+    margins = [rng.choice([rng.uniform(-5, 5), 0.0, 1 / 3, 1 / 3 + 1e-9]) for _ in range(n)]
+    answers = [Answer(x, 0, 0.0, null=margin) for x, margin in zip(found, margins)]
+
+    def records_at(threshold: float) -> list[dict[str, object]]:
+        made = [a.record(True, threshold) for a in answers]
+        return [r | {"references": several} for r, several in zip(made, references)]
 
     def scores_at(threshold: float) -> dict[str, float]:
-        said = ["" if margin > threshold else x for x, margin in zip(found, margins)]
+        said = [r["prediction"] for r in records_at(threshold)]
         return {name: 100 * sum(of(said, references)) / n for name, of in METRICS.items()}
 
     of_all = [scores_at(t) for t in (-9.0, *margins)]
-    for name, best in best_thresholds(found, margins, references).items():
+    records = json.loads(json.dumps(records_at(0.0)))  # as they are read from a file
+    for name, best in report(records)["unanswerable"]["best"].items():
         assert best["score"] == pytest.approx(max(one[name] for one in of_all))
         assert scores_at(best["threshold"])[name] == pytest.approx(best["score"])
