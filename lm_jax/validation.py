@@ -15,12 +15,15 @@ def validate(config: Config) -> Config:
     Raises:
       UserError: a line for each field that is wrong, with its key.
     """
-    if wrong := mistakes(config) or _mistakes(config):
+    if wrong := mistakes_in(config):
         raise UserError("the config is not usable:\n  " + "\n  ".join(wrong))
     return config
 
 
-def _mistakes(config: Config) -> list[str]:
+def mistakes_in(config: Config) -> list[str]:
+    """A line for each field that is wrong, with its key; fills in the derived fields."""
+    if wrong := mistakes(config):
+        return wrong
     derive_model(config.model)
     _derive(config)
     return [f"{key}: {why}" for ok, key, why in _checks(config) if not ok]

@@ -40,4 +40,4 @@ def test_a_masked_run_learns_shows_it_and_is_measured_again(tmp_path):
     code, _, err = commands.run("generate", f"--workdir={workdir}", "--prompt=a", env=env)
     assert code == 1 and err.startswith("error: model.causal = False"), err
     code, _, err = commands.run("evaluate", f"--workdir={workdir}", "--length=2", env=env)
-    assert code == 1 and "--length: must be from 3" in err, err
+    assert code == 1 and "--length: masked rows have 3 tokens or more" in err, err

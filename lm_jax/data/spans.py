@@ -65,16 +65,29 @@ class Window:
         return pairs_P3
 
 
+def with_length(config: DataConfig, length: int) -> DataConfig:
+    """`config` with windows of so many tokens, which share at most half of them."""
+    return dataclasses.replace(config, length=length, stride=min(config.stride, length // 2))
+
+
 def windows(example: Example, tokenizer: Tokenizer, config: DataConfig) -> Iterator[Window]:
     """The windows of an example, each of at most `config.length` tokens.
 
     A question is cut off where it would fill more than a quarter of a window.
+
+    Raises:
+      UserError: what windows share would leave a part of the context in none.
     """
     question = tokenizer.encode(example.prompt)[: config.length // 4]
     context, spans = tokenizer.locate(example.context)
     nothing = np.zeros(0, np.int32)
     room = config.length - len(tokenizer.frame_pair(question, nothing)[0])
-    step = max(1, room - config.stride)
+    step = room - config.stride
+    if step < 1:
+        raise UserError(
+            f"data.stride: windows of data.length = {config.length} tokens have room for {room} of"
+            f" a context, and cannot share {config.stride}"
+        )
     for begin in range(0, max(1, len(context) - config.stride), step):
         part = context[begin : begin + room]
         ids, place = tokenizer.frame_pair(question, part)

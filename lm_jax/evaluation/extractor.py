@@ -12,7 +12,7 @@ import numpy as np
 
 from lm_jax.config import DataConfig
 from lm_jax.data.examples import Example
-from lm_jax.data.spans import Window, windows
+from lm_jax.data.spans import Window, windows, with_length
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generation.batching import batches
@@ -83,7 +83,7 @@ def extract(
     if model.config.head != "span":
         raise UserError(f"model.head = '{model.config.head}': this model finds no answers in texts")
     longest = min(data.length, model.config.max_length)
-    data = dataclasses.replace(data, length=longest, stride=min(data.stride, longest // 2))
+    data = with_length(data, longest)
     found: list[tuple[int, Window]] = []
     for i, example in enumerate(examples):
         found += [(i, window) for window in windows(example, tokenizer, data)]

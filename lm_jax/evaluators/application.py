@@ -1,6 +1,7 @@
 """An application of a model that lies somewhere, evaluated on examples."""
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 
 from lm_jax.applications import find
-from lm_jax.config import OF_EXAMPLES, DataConfig, TaskConfig
+from lm_jax.config import OF_EXAMPLES, Config, DataConfig, TaskConfig
 from lm_jax.data.chat import chat_template_of
 from lm_jax.data.examples import Example
 from lm_jax.data.sources import documents
@@ -17,11 +18,12 @@ from lm_jax.errors import UserError
 from lm_jax.evaluation.metrics import check_references, table
 from lm_jax.evaluation.output import Output, Record
 from lm_jax.evaluation.tasks import Result, asked_by, metrics_of, run_task, settings_of
-from lm_jax.evaluators.models import DEFAULT, ModelOptions, identity, prints
+from lm_jax.evaluators.models import DEFAULT, ModelOptions, checked, identity, prints
 from lm_jax.example_validation import without_use
 from lm_jax.progress import progress
-from lm_jax.template import Template
 from lm_jax.training import together
+
+_TEMPLATES = ("prompt", "target", "context")
 
 
 def evaluate_task(
@@ -67,20 +69,10 @@ def evaluate_task(
     find(name)
     mesh = model.mesh()
     described = model.describe(path)
-    config = described.config
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in task.items() if v is not None}
-    settings = config.task if config.task.name == name else TaskConfig()
-    settings = dataclasses.replace(settings, name=name, **given)
-    templates = {"prompt": prompt, "target": target, "context": context}
-    data = _data(config.data, name, described.tokenizer, templates)
-    if unanswerable is not None:
-        if unanswerable and data.objective == "classify":
-            raise UserError("--unanswerable: each text has a class: leave it out")
-        data.unanswerable = unanswerable
-    for key, why in without_use(data, settings.beams).items():
-        if key in given:
-            raise UserError(f"--{key}: {why}: leave it out")
-    data.on_error = on_error or data.on_error
+    of_data = dict(zip(_TEMPLATES, (prompt, target, context)))
+    of_data |= {"unanswerable": unanswerable, "on_error": on_error}
+    config = _changed(described.config, name, described.tokenizer, _given(of_data), _given(task))
+    data, settings = config.data, config.task
     if sources:
         data.validation_sources = tuple(sources)
     if not (data.validation_sources or data.sources):
@@ -128,44 +120,52 @@ def to_text(result: Result) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _data(
-    own: DataConfig, name: str, tokenizer: Tokenizer, templates: dict[str, str | None]
-) -> DataConfig:
-    """What the examples are made of.
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    """Those that are not None; lists, which flags have, as tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if v is not None}
+
+
+def _changed(
+    own: Config,
+    name: str,
+    tokenizer: Tokenizer,
+    data: dict[str, Any],
+    task: dict[str, Any],
+) -> Config:
+    """A model's config as the examples are made and asked.
 
     Args:
-      templates: by their names; None: as they are.
+      own: the model's.
+      data, task: fields that are given.
+
+    Raises:
+      UserError: they do not fit the task or the model, or would change nothing.
     """
-    kind, data = find(name), dataclasses.replace(own)
-    if own.objective not in OF_EXAMPLES:
-        if kind.objectives == ("classify",):
-            raise UserError(f"--task={name}: this model was not trained to tell classes apart")
-        data.objective, data.prompt, data.target = kind.objectives[0], kind.prompt, kind.target
-        if data.objective == "complete" and chat_template_of(tokenizer):
-            data.objective = "chat"
-        # The run's own text is nothing to ask about.
-        data.sources = data.validation_sources = ()
-    elif own.objective not in kind.objectives:
-        raise UserError(f"--task={name}: this model was trained for objective '{own.objective}'")
-    if templates["context"] is not None and data.objective != "extract":
-        raise UserError("--context: this model does not look for answers in texts: leave it out")
-    given = {flag: text for flag, text in templates.items() if text is not None}
-    data = dataclasses.replace(data, **given)
-    if data.objective == "chat" and not data.target:
-        fields = Template(data.prompt, "--prompt").fields
-        if not fields or data.prompt != "{" + fields[0] + "}":
-            raise UserError(
-                "--target: say what a right answer is made of, as in '{answer}'; without one,"
-                f" --prompt names the field of a conversation and nothing else, not {data.prompt!r}"
-            )
-    free = {"chat": ("target", "context"), "extract": ()}.get(data.objective, ("context",))
-    for flag in templates:
-        if not Template(getattr(data, flag), f"--{flag}").fields and flag not in free:
-            raise UserError(
-                f"--{flag}: say which field of a record it is made of, as in '{{text}}', for"
-                f" --task={name}"
-            )
-    return data
+    config = copy.deepcopy(own)
+    config.data = dataclasses.replace(_base(own.data, name, tokenizer), **data)
+    config.task = config.task if own.task.name == name else TaskConfig()
+    config.task = dataclasses.replace(config.task, name=name, **task)
+    # The run's own are none that anybody asked for.
+    for key in without_use(config.data, config.task.beams).keys() - task.keys():
+        setattr(config.task, key, getattr(TaskConfig, key))
+    flags = {f"data.{key}": key for key in (*_TEMPLATES, *data)}
+    flags |= {f"task.{key}": key for key in task} | {"task.name": "task"}
+    return checked(config, flags)
+
+
+def _base(own: DataConfig, name: str, tokenizer: Tokenizer) -> DataConfig:
+    """What examples are made of where nothing else is said: as the model learned them or, if it
+    did not, in the words of the task. Its own text is nothing to ask about then."""
+    if own.objective in OF_EXAMPLES:
+        return own
+    kind = find(name)
+    objective = kind.objectives[0]
+    if objective == "classify":
+        raise UserError(f"--task={name}: this model was not trained to tell classes apart")
+    if objective == "complete" and chat_template_of(tokenizer):
+        objective = "chat"
+    words = {"prompt": kind.prompt, "target": kind.target}
+    return DataConfig(objective=objective, length=own.length, on_error=own.on_error, **words)
 
 
 @contextlib.contextmanager

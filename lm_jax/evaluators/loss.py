@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm_jax.config import LEAST_MASKED_LENGTH
+from lm_jax.config import OF_EXAMPLES
 from lm_jax.data.held_out import validation_batches
+from lm_jax.data.spans import with_length
 from lm_jax.errors import UserError
 from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
-from lm_jax.evaluators.models import DEFAULT, ModelOptions, identity, prints
+from lm_jax.evaluators.models import DEFAULT, ModelOptions, checked, identity, prints
 from lm_jax.model import parameters as params_lib
 from lm_jax.progress import progress
 from lm_jax.sharding.mesh import batch_block, batch_shards, to_devices
@@ -47,15 +48,19 @@ def evaluate_model(
     described = model.describe(path)
     config, tokenizer = described.config, described.tokenizer
     config.data = dataclasses.replace(config.data, **data)
+    if config.data.objective in OF_EXAMPLES:
+        for name in ("text_key", "document"):
+            if name in data:
+                raise UserError(
+                    f"--{name}: this model learned from records with fields, of which its own"
+                    " templates make examples: leave it out"
+                )
+    if "length" in data:
+        config.data = with_length(config.data, data["length"])
     config.data.validation_sources = tuple(sources) or config.data.validation_sources
     if not (config.data.validation_sources or config.data.sources):
         raise UserError("--source: name a text: this model has none of its own")
-    least = LEAST_MASKED_LENGTH if config.data.objective == "masked" else 1
-    if not least <= config.data.length <= config.model.max_length:
-        raise UserError(
-            f"--length: must be from {least} to the model's {config.model.max_length},"
-            f" not {config.data.length}"
-        )
+    config = checked(config, {f"data.{name}": name for name in data})
     rows, shards = model.batch_size or config.training.evaluate_batch_size, batch_shards(mesh)
     rows = -(-rows // shards) * shards
     config.data.batch_size, config.training.accumulation = rows, 1

@@ -2,16 +2,22 @@
 
 import dataclasses
 import hashlib
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from lm_jax.config import MeshConfig
+from lm_jax.config import Config, MeshConfig, walk
 from lm_jax.data.chat import chat_template_of
 from lm_jax.errors import UserError
 from lm_jax.sharding.mesh import make_mesh
 from lm_jax.training.weights import Described, describe, fingerprint
+from lm_jax.validation import mistakes_in
+
+# Fields of the model that no prediction depends on.
+_NO_MATTER = ("dropout", "remat", "scan_layers", "attention", "family")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +66,38 @@ def prints() -> bool:
     return jax.process_index() == 0
 
 
+def checked(config: Config, flags: Mapping[str, str]) -> Config:
+    """A model's config that was changed for an evaluation, validated. Nothing is learned: checks
+    about that alone do not apply.
+
+    Args:
+      flags: key -> the flag that sets it, by which it is called in messages.
+
+    Raises:
+      UserError: a line for each field that is wrong.
+    """
+    config.training.steps = 0
+    wrong = mistakes_in(config)
+    for key, flag in flags.items():
+        wrong = [re.sub(rf"\b{re.escape(key)}\b", f"--{flag}", line) for line in wrong]
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return config
+
+
 def identity(model: Described) -> dict[str, Any]:
     """What a prediction depends on of the model, to be compared; fit for JSON."""
     template = chat_template_of(model.tokenizer)
+    shape = {
+        key: value
+        for key, value, field in walk(model.config.model, "model.")
+        if field.name not in _NO_MATTER
+    }
     return {
         "model": model.source.path,
         "step": model.source.step,
         "weights": fingerprint(model.source),
-        "dtype": model.config.model.dtype,
         "tokenizer": model.tokenizer.fingerprint,
         "stop_ids": sorted(model.tokenizer.stop_ids),
         "chat_template": template and hashlib.sha256(template.text.encode()).hexdigest(),
-    }
+    } | shape

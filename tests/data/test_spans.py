@@ -11,7 +11,7 @@ from lm_jax.config import TokenizerConfig
 from lm_jax.data.examples import Example
 from lm_jax.data.loader import train_stream
 from lm_jax.data.sources import documents
-from lm_jax.data.spans import CONTEXT, FIRST, LAST, windows
+from lm_jax.data.spans import CONTEXT, FIRST, LAST, windows, with_length
 from lm_jax.data.tokenizer import train_tokenizer
 from lm_jax.data.tokenizer_base import BytesTokenizer, CharacterTokenizer
 from lm_jax.errors import UserError
@@ -120,6 +120,18 @@ def test_windows_share_what_is_asked_for():
     assert len(spans) > 1
     for a, b in itertools.pairwise(spans):
         assert a[-12:].tolist() == b[:12].tolist()
+
+
+def test_what_windows_cannot_share_is_refused_and_shorter_ones_share_less():
+    example, bytes_ = Example("Wo?", ("Bär",), context=TEXT * 4), BytesTokenizer()
+    with pytest.raises(UserError, match="of data.length = 48 tokens have room for 42 .* share 42"):
+        list(windows(example, bytes_, config(stride=42)))
+    for length in range(32, 64):
+        shorter = with_length(config(stride=40), length)
+        made = [w for w in windows(example, bytes_, shorter)]
+        seen = np.concatenate([w.spans[w.spans[:, 0] >= 0] for w in made])
+        assert {tuple(s) for s in seen} == {tuple(s) for s in bytes_.locate(example.context)[1]}
+        assert max(len(w.ids) for w in made) == length and shorter.stride == min(40, length // 2)
 
 
 def test_a_published_frame_is_that_of_the_library():
