@@ -4,12 +4,13 @@ template = load_chat_template(folder)
 ids = template.encode(tokenizer, messages, add_generation_prompt=True)
 
 A template is a Jinja program that comes with a model. It runs in Jinja's sandbox, with the names,
-filters and settings that Transformers 5 gives it, for a bounded number of steps.
+filters and settings that Transformers 5 gives it, for a bounded number of steps. A model that came
+without one and learned to chat has ours.
 """
 
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ _NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls",
 _MOST_CHARACTERS = 4_000_000  # of a rendered conversation
 _MOST_STEPS = 200_000  # passes through loops and macros; takes less than a second
 _STEP = "lm_jax_step"  # the name by which they are counted
+
+# What ours is rendered with in place of the names of specials: no text has these (Unicode 23.7).
+_BEGIN, _END = "\ufdd0", "\ufdd1"
+
+# The day that it is in examples, which are to be the same on any day: the one that Llama 3.1's
+# template has where there is no clock.
+DAY_OF_EXAMPLES = datetime.datetime(2024, 7, 26)
 
 Message = Mapping[str, Any]
 
@@ -55,13 +63,19 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError, ValueError) as e:
             raise UserError(f"the chat template cannot be compiled: {e}") from None
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        now: datetime.datetime | None = None,
+    ) -> str:
         """The conversation as text.
 
         Args:
           messages: objects with 'role' and 'content', as in OpenAI's interface. A key whose value
             is None is left out.
           add_generation_prompt: end with what begins an answer.
+          now: the time, for a template that tells it; None: the clock's.
 
         Raises:
           UserError: there is no message; the template refuses these, fails, or does not come to an
@@ -75,6 +89,7 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
+            "strftime_now": lambda form: (now or datetime.datetime.now()).strftime(form),
             _STEP: _counter(),
         }
         parts, size = [], 0
@@ -94,15 +109,69 @@ class ChatTemplate:
         tokenizer: Tokenizer,
         messages: Sequence[Message],
         add_generation_prompt: bool = False,
+        now: datetime.datetime | None = None,
     ) -> np.ndarray:
         """The conversation as ids, int32[n], as `apply_chat_template` of Transformers has them.
 
         Special tokens are read out of all of the text, and nothing is added before or behind.
 
+        Args:
+          add_generation_prompt, now: see `render`.
+
         Raises:
           UserError: see `render`.
         """
-        return tokenizer.encode_with_specials(self.render(messages, add_generation_prompt))
+        return tokenizer.encode_with_specials(self.render(messages, add_generation_prompt, now))
+
+    def check_literal(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
+        """
+        Raises:
+          UserError: a message holds the name of a special token, which would be read as that.
+        """
+        for n, name in _specials_in(tokenizer, messages):
+            raise UserError(
+                f"message {n} holds '{name}', which with this chat template is read as the special"
+                " token of that name, and not as a text to be learned"
+            )
+
+
+class _Ours(ChatTemplate):
+    """Each message on a line, 'User: ...', but what the assistant says ends with eos. What messages
+    say is text, whatever it says."""
+
+    def __init__(self, begin: str, end: str):
+        super().__init__(_ours(json.dumps(begin), json.dumps(end)), {})
+        names = {"begin": _BEGIN, "end": _END}
+        self._parted = ChatTemplate(_ours(*names), names)
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        now: datetime.datetime | None = None,
+    ) -> np.ndarray:
+        if any(mark in text for m in messages for text in _said(m) for mark in (_BEGIN, _END)):
+            raise UserError("a message holds U+FDD0 or U+FDD1, which stand for no character")
+        text = self._parted.render(messages, add_generation_prompt, now)
+        own = {_BEGIN: tokenizer.begin_id, _END: tokenizer.eos_id}
+        return tokenizer.encode_with_marks(text, own)
+
+    def check_literal(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
+        """It holds for any."""
+
+
+def _said(message: Message) -> list[str]:
+    return [value for value in message.values() if isinstance(value, str)]
+
+
+def _specials_in(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[tuple[int, str]]:
+    """The messages, from 1, that hold the name of a special token, and the first one each."""
+    for n, message in enumerate(messages, 1):
+        for text in _said(message):
+            if (name := tokenizer.special_in(text)) is not None:
+                yield n, name
+                break
 
 
 def load_chat_template(path: str | Path) -> ChatTemplate | None:
@@ -144,6 +213,8 @@ def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
         return None
     if not isinstance(text, str):
         raise UserError(f"{CONFIG}: chat_template is neither text nor a list of named ones")
+    if tokenizer.eos_id is not None and text == (ours := _ours_of(tokenizer)).text:
+        return ours
     names = {key: content(config.get(key)) for key in _NAMED}
     return ChatTemplate(text, {key: name for key, name in names.items() if name is not None})
 
@@ -156,25 +227,27 @@ def chat_template_for(tokenizer: Tokenizer, objective: str) -> ChatTemplate | No
       UserError: see `chat_template_of`; or ours needs an eos, and there is none.
     """
     found = chat_template_of(tokenizer)
-    return _ours(tokenizer) if found is None and objective == "chat" else found
+    return _ours_of(tokenizer) if found is None and objective == "chat" else found
 
 
-def _ours(tokenizer: Tokenizer) -> ChatTemplate:
-    """Each message on a line, 'User: ...', but what the assistant says ends with eos."""
+def _ours_of(tokenizer: Tokenizer) -> ChatTemplate:
     if tokenizer.eos_id is None:
         raise UserError(
             f"this tokenizer ({tokenizer.kind}) has no token that ends what an assistant says:"
             " take another tokenizer.kind (sentencepiece, bytes)"
         )
-    begin, end = (json.dumps(tokenizer.specials[i]) for i in (tokenizer.begin_id, tokenizer.eos_id))
-    return ChatTemplate(
+    return _Ours(*(tokenizer.specials[i] for i in (tokenizer.begin_id, tokenizer.eos_id)))
+
+
+def _ours(begin: str, end: str) -> str:
+    """Its source; `begin` and `end` are expressions of Jinja."""
+    return (
         f"{{{{ {begin} }}}}"
         "{% for message in messages %}"
         "{{ message.role | capitalize }}: {{ message.content | trim }}"
         f"{{{{ {end} if message.role == 'assistant' else '\n' }}}}"
         "{% endfor %}"
-        "{% if add_generation_prompt %}Assistant:{% endif %}",
-        {},
+        "{% if add_generation_prompt %}Assistant:{% endif %}"
     )
 
 
@@ -219,7 +292,6 @@ def _environment() -> Any:
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment
 
 

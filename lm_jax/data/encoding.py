@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lm_jax.config import DataConfig
-from lm_jax.data.chat import ChatTemplate, Message, chat_template_for
+from lm_jax.data.chat import DAY_OF_EXAMPLES, ChatTemplate, Message, chat_template_for
 from lm_jax.data.examples import Example
 from lm_jax.data.shortening import within
 from lm_jax.data.tokenizer_base import Tokenizer
@@ -150,8 +150,8 @@ def conversation(
     of what it says included.
 
     Raises:
-      UserError: the chat template does not take the messages, or writes a turn otherwise once
-        another one follows.
+      UserError: the chat template does not take the messages, would read one of them as more than
+        text, or writes a turn otherwise once another one follows.
     """
     ids = _encode_messages(messages, tokenizer, False)
     counts = np.zeros(len(ids), bool)
@@ -189,7 +189,9 @@ def _answer(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[np.ndarr
 def _encode_messages(
     messages: Sequence[Message], tokenizer: Tokenizer, to_be_continued: bool
 ) -> np.ndarray:
-    return _template(tokenizer).encode(tokenizer, messages, to_be_continued)
+    template = _template(tokenizer)
+    template.check_literal(tokenizer, messages)
+    return template.encode(tokenizer, messages, to_be_continued, DAY_OF_EXAMPLES)
 
 
 @functools.lru_cache(maxsize=4)

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 
 from lm_jax.data import tokenizer_files as files
 from lm_jax.data.tokenizer_base import META, Stream, Tokenizer, utf8
+from lm_jax.data.tokenizer_spelling import spelling_of
 from lm_jax.errors import UserError
 
 FILE = "tokenizer.json"
@@ -50,9 +51,7 @@ class HuggingFaceTokenizer(Tokenizer):
     ):
         self.companions = dict(companions)
         self._json = definition
-        self._hf = tokenizer = parse(definition)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        self._hf = tokenizer = _whole(definition)
         tokenizer.encode_special_tokens = True  # as text; the name reads otherwise
         self._processor = json.loads(definition).get("post_processor")
         self._around = front, _ = _around(self._processor)
@@ -74,7 +73,8 @@ class HuggingFaceTokenizer(Tokenizer):
             if i is not None and i not in names:
                 raise UserError(f"the {name} id {i} is not in the vocabulary of {size} ids")
         self._names = names
-        spell, prefix_bytes = _decoder(tokenizer.decoder)
+        self._by_marks: dict[tuple[tuple[str, int], ...], tuple[Any, dict[int, int]]] = {}
+        spell, prefix_bytes = spelling_of(tokenizer.decoder)
         pieces = None
         if spell:
             pieces = [b""] * size  # an id without a name stands for nothing
@@ -106,13 +106,34 @@ class HuggingFaceTokenizer(Tokenizer):
         utf8(text)
         return np.asarray(self._marked.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def encode_with_marks(self, text: str, marks: Mapping[str, int]) -> np.ndarray:
+        utf8(text)
+        tokenizer, of_mark = self._with_marks(tuple(sorted(marks.items())))
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        return np.array([of_mark.get(i, i) for i in ids], np.int32)
+
     @functools.cached_property
     def _marked(self) -> Any:
         """One of its own: what it reads as special is a setting, and threads may share this."""
-        tokenizer = parse(self._json)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+        return _whole(self._json)
+
+    def _with_marks(self, marks: tuple[tuple[str, int], ...]) -> tuple[Any, dict[int, int]]:
+        """One that spells its special tokens as text, and has tokens of the same rules for `marks`;
+        and which ids those stand for."""
+        if marks not in self._by_marks:
+            import tokenizers
+
+            tokenizer = _whole(self._json)
+            tokenizer.encode_special_tokens = True
+            added = tokenizer.get_added_tokens_decoder()
+            for mark, i in marks:
+                rules = (
+                    {k: getattr(added[i], k) for k in ("lstrip", "rstrip")} if i in added else {}
+                )
+                tokenizer.add_tokens([tokenizers.AddedToken(mark, normalized=False, **rules)])
+            ids = {tokenizer.token_to_id(mark): i for mark, i in marks}
+            self._by_marks[marks] = tokenizer, ids
+        return self._by_marks[marks]
 
     def decode(self, ids: Iterable[int]) -> str:
         if self._pieces is not None:
@@ -282,6 +303,14 @@ def parse(definition: str) -> Any:
         raise UserError(f"not a tokenizer that the 'tokenizers' library can read: {reason}") from e
 
 
+def _whole(definition: str) -> Any:
+    """One that neither cuts nor fills what it encodes."""
+    tokenizer = parse(definition)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def _around(processor: dict[str, Any] | None) -> tuple[list[int], list[int]]:
     """The ids that a post-processor puts in front of a text, and those behind it."""
     front: list[int] = []
@@ -325,67 +354,3 @@ def _around_pair(processor: dict[str, Any] | None) -> tuple[list[int], list[int]
         else:
             parts[place].extend(processor["special_tokens"][item["SpecialToken"]["id"]]["ids"])
     return parts
-
-
-def _decoder(decoder: Any) -> tuple[Callable[[str, bool], bytes] | None, int]:
-    """Reads a `tokenizers` decoder.
-
-    Returns (spell, prefix_bytes): `spell(token, added)` gives the bytes that a token stands for,
-    wherever it stands; None where there is no such function.
-    """
-    if decoder is None:
-        return None, 0
-    spec = json.loads(decoder.__getstate__())
-    steps = spec["decoders"] if spec["type"] == "Sequence" else [spec]
-    kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"]:
-        return _byte_level, 0
-    if kinds == ["Metaspace"]:
-        space = steps[0]["replacement"]
-        prefix = steps[0]["prepend_scheme"] != "never"
-        return lambda token, added: token.replace(space, " ").encode(), int(prefix)
-    # Llama 2 and Gemma: Replace, ByteFallback, Fuse and maybe Strip, in this order.
-    if not kinds or set(kinds) - {"Replace", "ByteFallback", "Fuse", "Strip"}:
-        return None, 0
-    replaced, prefix_bytes, fused = [], 0, False
-    for step in steps:
-        if step["type"] == "Replace":
-            if fused or "String" not in step["pattern"]:
-                return None, 0
-            replaced.append((step["pattern"]["String"], step["content"]))
-        elif step["type"] == "Fuse":
-            fused = True
-        elif step["type"] == "Strip":
-            if not fused or step["content"] != " " or step["start"] > 1 or step["stop"]:
-                return None, 0
-            prefix_bytes = step["start"]
-    fallback = "ByteFallback" in kinds
-
-    def spell(token: str, added: bool) -> bytes:
-        if fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            try:
-                return bytes([int(token[3:5], 16)])
-            except ValueError:
-                pass
-        for old, new in replaced:
-            token = token.replace(old, new)
-        return token.encode()
-
-    return spell, prefix_bytes
-
-
-def _byte_level(token: str, added: bool) -> bytes:
-    if added or any(c not in BYTE_CHARACTERS for c in token):
-        return token.encode()
-    return bytes(BYTE_CHARACTERS[c] for c in token)
-
-
-def _byte_characters() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary (Radford et al. 2019):
-    its own where Latin-1 prints one, else the next from U+0100 on."""
-    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [b for b in range(256) if b not in printed]
-    return {chr(b): b for b in printed} | {chr(0x100 + n): b for n, b in enumerate(rest)}
-
-
-BYTE_CHARACTERS = _byte_characters()

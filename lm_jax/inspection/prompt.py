@@ -29,8 +29,8 @@ def encode(
       continuation: encoded by itself, as an answer is when it is learned.
       special_tokens: names of specials in the text are read as these tokens. Nothing is added to a
         prompt then.
-      chat: the prompt is what a user says, to a model that was trained for this objective. Its
-        template reads names of specials too.
+      chat: the prompt is what a user says, to a model that was trained for this objective. A
+        template that came with it reads names of specials too.
 
     Returns:
       int32 [T], and how many of them are the prompt.

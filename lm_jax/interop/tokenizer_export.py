@@ -15,8 +15,9 @@ from lm_jax.data.tokenizer_files import (
     parse_sentencepiece,
     read_object,
 )
-from lm_jax.data.tokenizer_published import BYTE_CHARACTERS, FILE, HuggingFaceTokenizer
+from lm_jax.data.tokenizer_published import FILE, HuggingFaceTokenizer
 from lm_jax.data.tokenizer_sentencepiece import SentencePieceTokenizer
+from lm_jax.data.tokenizer_spelling import BYTE_CHARACTERS
 from lm_jax.errors import UserError
 
 _BACKEND = "PreTrainedTokenizerFast"  # Transformers reads tokenizer.json as it stands

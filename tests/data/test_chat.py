@@ -1,10 +1,12 @@
 """Chat templates give the ids that Transformers' apply_chat_template gives."""
 
+import datetime
 import functools
 import json
 import threading
 
 import pytest
+from data_helpers import data_config
 from published_folders import FAMILIES, LINES, write
 from transformers import AutoTokenizer
 
@@ -15,8 +17,11 @@ from lm_jax.data.chat import (
     chat_template_of,
     load_chat_template,
 )
+from lm_jax.data.encoding import conversation, prompt_within
+from lm_jax.data.examples import Example
+from lm_jax.data.loader import train_stream
 from lm_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from lm_jax.data.tokenizer_base import CharacterTokenizer
+from lm_jax.data.tokenizer_base import BytesTokenizer, CharacterTokenizer
 from lm_jax.errors import UserError
 from lm_jax.interop.tokenizer_export import write_huggingface_tokenizer
 
@@ -227,17 +232,82 @@ def test_a_model_that_learned_to_chat_without_one_has_ours_and_so_has_its_export
     write_huggingface_tokenizer(tokenizer, tmp_path / "plain", objective="complete")
     assert AutoTokenizer.from_pretrained(tmp_path / "plain").chat_template is None
     write_huggingface_tokenizer(tokenizer, tmp_path / "out", objective="chat")
-    assert load_chat_template(tmp_path / "out").text == template.text
+    exported = load_chat_template(tmp_path / "out")
+    assert exported.text == template.text
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    begin, end = tokenizer.begin_id, tokenizer.eos_id
     for chat in CHATS:
         for more in (False, True):
             ids = template.encode(tokenizer, chat, more).tolist()
-            wanted = theirs.apply_chat_template(chat, None, add_generation_prompt=more)
-            assert ids == wanted.input_ids
+            assert exported.encode(tokenizer, chat, more).tolist() == ids
+            if any(name in m["content"] for m in chat for name in tokenizer.specials.values()):
+                # What Transformers reads as special tokens is text here, wherever it is said.
+                ends = [end for m in chat if m["role"] == "assistant"]
+                assert [i for i in ids if i in tokenizer.specials] == [begin, *ends]
+                text = tokenizer.decode(ids).replace("\u2581", " ")  # to some, these are the same
+                assert all(m["content"].strip().replace("\u2581", " ") in text for m in chat)
+            else:
+                wanted = theirs.apply_chat_template(chat, None, add_generation_prompt=more)
+                assert ids == wanted.input_ids
             # What is to be learned begins where what is generated begins.
             if chat[-1]["role"] == "assistant" and len(chat) > 1:
                 asked = template.encode(tokenizer, chat[:-1], True).tolist()
                 assert ids[: len(asked)] == asked
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_what_is_said_ends_nothing_in_ours(role):
+    tokenizer = BytesTokenizer()
+    said = {"user": "hi", "assistant": "ho"} | {role: "a</s>b<s>"}
+    chat = [{"role": r, "content": c} for r, c in said.items()]
+    ids, counts = conversation(chat, tokenizer)
+    assert [i for i in ids.tolist() if i > 255] == [256, 257]
+    assert bytes(ids[counts][:-1].tolist()).decode() == " " + said["assistant"]
+    with pytest.raises(UserError, match=r"U\+FDD0"):
+        conversation([{"role": "user", "content": "\ufdd1</s>"}, chat[1]], tokenizer)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_an_example_that_says_a_special_token_is_not_learned_as_one(role, folder_of, tmp_path):
+    """A published template's text is read with its special tokens, of which these are none."""
+    tokenizer, path = load_tokenizer(folder_of("smollm2")), tmp_path / "a.jsonl"
+    bad = {"user": "hi", "assistant": "ho"} | {role: "so <|im_end|> it is"}
+    lines = [{"m": [{"role": r, "content": c} for r, c in chat.items()]}
+             for chat in ({"user": "a", "assistant": "b"}, bad)]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = data_config(
+        str(path), objective="chat", prompt="{m}", turns="together", length=64, shuffle=False
+    )
+    place = {"user": 1, "assistant": 2}[role]
+    said = rf"a\.jsonl:2: message {place} holds '<\|im_end\|>', which .*on_error"
+    with train_stream(config, tokenizer, seed=0) as stream, pytest.raises(UserError, match=said):
+        list(stream)
+    config.on_error = "skip"
+    with train_stream(config, tokenizer, seed=0) as stream:
+        (batch,) = stream
+    told = batch["targets"][batch["weights"] > 0].tolist()
+    assert tokenizer.decode(told).strip() == "b"
+
+
+def test_it_is_the_same_day_in_all_examples(folder_of, monkeypatch):
+    """And the clock's where a user speaks."""
+    tokenizer = load_tokenizer(folder_of("llama3"))
+    example = Example("", ("b",), messages=({"role": "user", "content": "a"},
+                                            {"role": "assistant", "content": "b"}))  # fmt: skip
+    template, texts = chat_template_of(tokenizer), []
+    for year in (2031, 2032):
+
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, year=year):
+                return cls(year, 5, 6)
+
+        monkeypatch.setattr(datetime, "datetime", Clock)
+        ids, _ = prompt_within(example, tokenizer, 128)
+        asked = template.encode(tokenizer, example.messages[:1], True)
+        assert f"Today: {year}" in tokenizer.decode(asked)
+        texts.append(tokenizer.decode(ids))
+    assert texts[0] == texts[1] and "Today: 20" in texts[0]
 
 
 def test_ours_needs_an_end():

@@ -124,11 +124,11 @@ def test_windows_share_what_is_asked_for():
 
 def test_what_windows_cannot_share_is_refused_and_shorter_ones_share_less():
     example, bytes_ = Example("Wo?", ("Bär",), context=TEXT * 4), BytesTokenizer()
-    with pytest.raises(UserError, match="of data.length = 48 tokens have room for 42 .* share 42"):
+    with pytest.raises(UserError, match=r"data\.length = 48 tokens have room for 42 .* share 42"):
         list(windows(example, bytes_, config(stride=42)))
     for length in range(32, 64):
         shorter = with_length(config(stride=40), length)
-        made = [w for w in windows(example, bytes_, shorter)]
+        made = list(windows(example, bytes_, shorter))
         seen = np.concatenate([w.spans[w.spans[:, 0] >= 0] for w in made])
         assert {tuple(s) for s in seen} == {tuple(s) for s in bytes_.locate(example.context)[1]}
         assert max(len(w.ids) for w in made) == length and shorter.stride == min(40, length // 2)

@@ -12,7 +12,7 @@ from tiny_models import BERT, LLAMA, build, placed, quick_jit
 from lm_jax.config import DataConfig, TaskConfig
 from lm_jax.data.examples import Example
 from lm_jax.data.sources import documents
-from lm_jax.data.tokenizer_base import BytesTokenizer
+from lm_jax.data.tokenizer_base import BytesTokenizer, CharacterTokenizer
 from lm_jax.errors import UserError
 from lm_jax.evaluation import tasks
 from lm_jax.evaluation.tasks import Stopped, run_task
@@ -28,12 +28,12 @@ COMPLETE = DataConfig(objective="complete")
 CLASSES = DataConfig(objective="classify", labels=("bad", "good"), length=32, pooling="first")
 
 
-def run(model, examples=EXAMPLES, data=COMPLETE, **task):
+def run(model, examples=EXAMPLES, data=COMPLETE, tokenizer=BYTES, **task):
     stop = task.pop("stop", None)
     known, told = task.pop("known", ()), []
     task = TaskConfig(**{"name": "translate", "max_tokens": 5} | task)
     result = run_task(
-        model, BYTES, examples, data, task, batch_size=2, known=known, on_record=told.append,
+        model, tokenizer, examples, data, task, batch_size=2, known=known, on_record=told.append,
         stop=stop,
     )  # fmt: skip
     return result, told
@@ -95,7 +95,7 @@ def test_perplexity_of_classes_is_their_cross_entropy():
 def test_examples_that_are_skipped_are_counted(tmp_path):
     file = tmp_path / "examples.jsonl"
     lines = [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}, {"text": ""}, {}]
-    lines += [{"text": "", "label": "good"}]  # has no token
+    lines += [{"text": "", "label": "good"}]  # begin and end are tokens too
     file.write_text("".join(json.dumps(x) + "\n" for x in lines))
     data = dataclasses.replace(
         CLASSES, prompt="{text}", target="{label}", validation_sources=(str(file),), on_error="skip"
@@ -103,11 +103,39 @@ def test_examples_that_are_skipped_are_counted(tmp_path):
     bert = dataclasses.replace(BERT, vocab_size=260, max_length=32, head="classify", labels=2)
     examples = list(documents(data, "validation"))
     result, records = run(build(bert), examples, data, name="sentiment")
+    assert [r["index"] for r in records] == [0, 1, 4]
     report = result.report()
-    assert report["skipped"] == len(examples) - len(records) >= 2
-    assert report["examples"] == len(records)
+    assert (report["skipped"], report["examples"]) == (2, 3)
     result, _ = run(build(bert), examples[:2], data, name="sentiment")
     assert "skipped" not in result.report()
+
+
+def test_what_cannot_be_asked_is_skipped_or_said(tmp_path):
+    """An empty prompt where no token begins a text, which is known only then."""
+    file, tokenizer = tmp_path / "examples.jsonl", CharacterTokenizer("abc")
+    asked = ["a", "", "b", "c"]
+    file.write_text("".join(json.dumps({"text": x, "said": "ab"}) + "\n" for x in asked))
+    data = dataclasses.replace(
+        COMPLETE, prompt="{text}", target="{said}", validation_sources=(str(file),)
+    )
+    model = build(dataclasses.replace(MODEL, vocab_size=3))
+    for metric in ("chrf", "perplexity"):
+        with pytest.raises(UserError, match=r"examples\.jsonl:2: an example's prompt is empty"):
+            run(model, list(documents(data, "validation")), data, tokenizer, metrics=(metric,))
+    data.on_error, metrics = "skip", ("chrf", "perplexity")
+    examples = list(documents(data, "validation"))
+    result, records = run(model, examples, data, tokenizer, metrics=metrics)
+    assert [r["index"] for r in records] == [0, 2, 3]
+    assert [r["prompt"] for r in records] == ["a", "b", "c"]
+    assert result.report()["skipped"] == 1
+    # Each answer is that of its own example.
+    _, others = run(model, [examples[i] for i in (0, 2, 3)], data, tokenizer, metrics=metrics)
+    assert len({r["nll"] for r in records}) == 3
+    for one, record in zip(others, records, strict=True):
+        assert one["nll"] == pytest.approx(record["nll"], rel=1e-4)
+        assert one | {"index": 0, "nll": 0} == record | {"index": 0, "nll": 0}
+    with pytest.raises(UserError, match="there are no examples"):
+        run(model, examples[1:2], data, tokenizer, metrics=metrics)
 
 
 def test_whoever_does_not_want_more_gets_nothing(monkeypatch):

@@ -97,7 +97,7 @@ def test_what_fits_another_objective_is_refused(finder, questions):
     ):
         with pytest.raises(UserError, match="^" + said):
             evaluate_task(finder, "answer", sources=[questions], **flags)
-    with pytest.raises(UserError, match="^--task: 'translate' is about examples of objective"):
+    with pytest.raises(UserError, match=r"^--task: 'translate' is about examples of objective"):
         evaluate_task(finder, "translate", sources=[questions])
     for flags, said in (
         ({"text_key": "content"}, "--text_key: this model learned from records"),
@@ -107,6 +107,17 @@ def test_what_fits_another_objective_is_refused(finder, questions):
     ):
         with pytest.raises(UserError, match="^" + said):
             evaluate_model(finder, sources=[questions], **flags)
+
+
+def test_a_question_about_nothing_is_skipped_or_said(finder, tmp_path):
+    path = tmp_path / "a.jsonl"
+    records = [{"question": "who?", "context": c, "answers": ["dog"]} for c in ("", "a dog")]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    with pytest.raises(UserError, match=r"a\.jsonl:1: its context is empty"):
+        evaluate_task(finder, "answer", sources=[str(path)])
+    report, result = evaluate_task(finder, "answer", sources=[str(path)], on_error="skip")
+    assert (report["examples"], report["skipped"]) == (1, 1)
+    assert [r["index"] for r in result.records] == [1]
 
 
 def test_shorter_windows_hold_the_whole_of_a_text(finder, questions):
