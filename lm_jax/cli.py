@@ -224,15 +224,23 @@ def _parse(argv: list[str]) -> list[str]:
     except UserError as e:
         _fail(str(e))
     except flags.UnrecognizedFlagError as e:
-        near = difflib.get_close_matches(e.flagname, list(flags.FLAGS), n=1)
-        leaves = (key.rpartition(".")[2] for key in known)
-        if "config" in flags.FLAGS and (e.flagname in known or e.flagname in leaves):
-            near = [f"config.{nearest_key(e.flagname)}"]
-        hint = f"; did you mean '--{near[0]}'?" if near else ""
+        near = [f"'--{name}'" for name in _meant(e.flagname, list(known))]
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         _fail(f"no flag '--{e.flagname}'{hint} (--help lists them)")
     except Exception as e:  # whatever a recipe raises, and absl's own complaints
         recipe = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), "")
         _fail(_explain(e, recipe.split(":")[0]))
+
+
+def _meant(name: str, keys: list[str]) -> list[str]:
+    """The flags that one that is not there most likely stands for: all keys of the config that end
+    so, or else what is spelled alike."""
+    keys = keys if "config" in flags.FLAGS else []
+    if found := [f"config.{key}" for key in keys if f".{key}".endswith(f".{name}")]:
+        return found
+    near = difflib.get_close_matches(name, list(flags.FLAGS), n=1)
+    key = nearest_key(name) if keys and not near else None
+    return [f"config.{key}"] if key else near
 
 
 def _explain(error: BaseException, recipe: str) -> str:

@@ -70,7 +70,17 @@ def test_a_mistyped_flag_or_recipe_names_the_nearest(corpus, tmp_path):
     message = fails("--config=configs/zzz.py", f"--workdir={tmp_path / 'run'}")
     assert "there are answer.py, bert.py" in message
     message = fails(*tiny(corpus), "--accumulation=3", f"--workdir={tmp_path / 'run'}")
-    assert "did you mean '--config.training.accumulation'" in message
+    assert "did you mean '--config.training.accumulation'?" in message
+    for flag, keys in (
+        ("vocab_size", ["model.vocab_size", "tokenizer.vocab_size"]),
+        ("experts", ["model.moe.experts"]),
+        ("every", ["task.every", "checkpoint.every", "logging.every"]),
+        ("moe.experts", ["model.moe.experts"]),
+        ("learning_rat", ["optimizer.learning_rate"]),
+    ):
+        meant = " or ".join(f"'--config.{key}'" for key in keys)
+        message = fails(*tiny(corpus), f"--{flag}=3", f"--workdir={tmp_path / 'run'}")
+        assert f"did you mean {meant}?" in message, message
     assert "--workdir" in fails(*tiny(corpus))
     assert "--config" in fails(f"--workdir={tmp_path / 'run'}")
 

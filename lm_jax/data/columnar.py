@@ -109,23 +109,9 @@ class Tfds(Records):
           splits: without one there, the names that will do, best first.
           wanted: the features to read; those that are not there are left out.
         """
-        parts = re.fullmatch(r"([^][]+)(?:\[(.+)\])?", source)
-        if parts is None:
-            raise UserError(
-                f"tfds:{source}: name a data set, and a split in brackets if you like, as in"
-                " 'tfds:squad/v1.1[validation]'"
-            )
-        self.name, split = parts.groups()
-        builder = _tfds_builder(self.name)
+        self.name, self.split, builder = _opened(source, splits)
         super().__init__(errors, tuple(builder.info.features or ()))
         self.wanted = tuple(f for f in self.fields if f in wanted)
-        there = [s for s in builder.info.splits if builder.info.splits[s].num_examples]
-        self.split = split or next((s for s in splits if s in there), "")
-        if not self.split:
-            raise UserError(
-                f"tfds:{source}: no split {' or '.join(splits)}; splits: {_listed(there)}. Name one"
-                f" of them in brackets: 'tfds:{source}[SPLIT]'"
-            )
         try:
             self._records = builder.as_data_source(split=self.split)
         except NotImplementedError:
@@ -135,7 +121,8 @@ class Tfds(Records):
             ) from None
         except ValueError as e:
             first = str(e).splitlines()[0]
-            raise UserError(f"tfds:{source}: {first} Splits: {_listed(there)}") from None
+            there = _listed(_splits_of(builder))
+            raise UserError(f"tfds:{source}: {first} Splits: {there}") from None
         self._length = len(self._records)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,6 +143,41 @@ class Tfds(Records):
         except UnicodeDecodeError as e:
             self.bad(i, f"not UTF-8 at byte {e.start}")
             return None
+
+
+def with_split(source: str, splits: Sequence[str]) -> str:
+    """NAME[SPLIT], the split being the one that `Tfds` reads of that source.
+
+    Raises:
+      UserError: as `Tfds`.
+    """
+    name, split, _ = _opened(source, splits)
+    return f"{name}[{split}]"
+
+
+def _opened(source: str, splits: Sequence[str]) -> tuple[str, str, Any]:
+    """A data set's name, which split of it is meant, and its builder."""
+    parts = re.fullmatch(r"([^][]+)(?:\[(.+)\])?", source)
+    if parts is None:
+        raise UserError(
+            f"tfds:{source}: name a data set, and a split in brackets if you like, as in"
+            " 'tfds:squad/v1.1[validation]'"
+        )
+    name, split = parts.groups()
+    builder = _tfds_builder(name)
+    there = _splits_of(builder)
+    split = split or next((s for s in splits if s in there), "")
+    if not split:
+        raise UserError(
+            f"tfds:{source}: no split {' or '.join(splits)}; splits: {_listed(there)}. Name one"
+            f" of them in brackets: 'tfds:{source}[SPLIT]'"
+        )
+    return name, split, builder
+
+
+def _splits_of(builder: Any) -> list[str]:
+    """Those that hold something."""
+    return [s for s in builder.info.splits if builder.info.splits[s].num_examples]
 
 
 def _listed(names: Sequence[str]) -> str:

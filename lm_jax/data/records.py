@@ -4,10 +4,12 @@ A record that cannot be read raises a `UserError` or, with `data.on_error='skip'
 see `lm_jax.data.readers`.
 """
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lm_jax.data import files
@@ -158,6 +160,17 @@ class Listed(Records):
         return self.records[i]
 
 
+@contextlib.contextmanager
+def csv_fields_of_any_length() -> Iterator[None]:
+    """Where the csv module takes fields of more than its 131,072 characters."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+@csv_fields_of_any_length()
 def read_csv(path: str, errors: Errors) -> Listed:
     """A CSV file; its first line names the columns. With .tsv, tabs separate these, a record is a
     line, and quotes are quotes.

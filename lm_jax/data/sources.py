@@ -11,7 +11,7 @@ from typing import Literal
 
 from lm_jax.config import OF_EXAMPLES, DataConfig
 from lm_jax.data import encoded, files, records
-from lm_jax.data.columnar import Parquet, Tfds
+from lm_jax.data.columnar import Parquet, Tfds, with_split
 from lm_jax.data.encoded import Encoded, Tokens
 from lm_jax.data.examples import Example, Examples, fields_of
 from lm_jax.data.nested import holder
@@ -21,6 +21,10 @@ from lm_jax.errors import UserError
 
 Split = Literal["train", "validation"]
 Document = str | Encoded | Example
+
+# Splits of a TFDS data set that are read where none is named, the first that is there.
+_TRAIN = ("train",)
+_HELD_OUT = ("validation", "test", "train")
 
 
 class Documents(Sequence):
@@ -115,18 +119,33 @@ def documents(config: DataConfig, split: Split) -> Sequence[Document]:
 
 def all_documents(config: DataConfig) -> Sequence[Document]:
     """The documents of all sources, before any is held out for validation."""
-    return _open(config.sources, config, ("train",))
+    return _open(config.sources, config, _TRAIN)
 
 
 def by_source(config: DataConfig, split: Split) -> list[Sequence[Document]]:
     """As `documents`, but one sequence for each source that has a weight; without weights, one."""
     if split == "validation" and config.validation_sources:
-        return [_open(config.validation_sources, config, ("validation", "test", "train"))]
+        return [_open(config.validation_sources, config, _HELD_OUT)]
     groups = [(s,) for s in config.sources] if config.weights else [config.sources]
-    found: list[Sequence[Document]] = [_open(group, config, ("train",)) for group in groups]
+    found: list[Sequence[Document]] = [_open(group, config, _TRAIN) for group in groups]
     if config.validation_sources:
         return found
     return [_split(part, config, split, ", ".join(g)) for part, g in zip(found, groups)]
+
+
+def held_out_sources(config: DataConfig) -> list[str]:
+    """The sources that the validation split is of, those of TFDS with the split that is read.
+
+    Raises:
+      UserError: TFDS has none such.
+    """
+    splits = _HELD_OUT if config.validation_sources else _TRAIN
+    return [
+        f"tfds:{with_split(source.removeprefix('tfds:'), splits)}"
+        if source.startswith("tfds:")
+        else source
+        for source in config.validation_sources or config.sources
+    ]
 
 
 def _split(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lm_jax import paths
+from lm_jax.data.records import csv_fields_of_any_length
 from lm_jax.errors import UserError
 from lm_jax.generation.batching import GENERATED, READ, portions
 from lm_jax.generation.scoring import Scorer
@@ -48,6 +49,7 @@ class Pair:
     line: int
 
 
+@csv_fields_of_any_length()
 def read_pairs(path: str) -> list[Pair]:
     """The pairs of the authors' CSV file.
 

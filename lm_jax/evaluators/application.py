@@ -18,7 +18,7 @@ from lm_jax.errors import UserError
 from lm_jax.evaluation.metrics import check_references, table
 from lm_jax.evaluation.output import Output, Record
 from lm_jax.evaluation.tasks import Result, asked_by, metrics_of, run_task, settings_of
-from lm_jax.evaluators.models import DEFAULT, ModelOptions, checked, identity, prints
+from lm_jax.evaluators.models import DEFAULT, ModelOptions, asked_of, checked, identity, prints
 from lm_jax.example_validation import without_use
 from lm_jax.progress import progress
 from lm_jax.training import together
@@ -75,8 +75,7 @@ def evaluate_task(
     data, settings = config.data, config.task
     if sources:
         data.validation_sources = tuple(sources)
-    if not (data.validation_sources or data.sources):
-        raise UserError("--source: name the examples: this model has none of its own")
+    asked = asked_of(data)
     examples = documents(data, "validation")
     count = len(examples) if max_examples is None else min(max_examples, len(examples))
     examples = [examples[i] for i in range(count)]
@@ -106,7 +105,7 @@ def evaluate_task(
             "model": described.source.path,
             "step": described.source.step,
             "task": name,
-            "sources": list(data.validation_sources or data.sources),
+            "sources": asked,
         } | result.report()
         if file:
             file.finish(report)

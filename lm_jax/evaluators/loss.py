@@ -12,7 +12,7 @@ from lm_jax.data.held_out import validation_batches
 from lm_jax.data.spans import with_length
 from lm_jax.errors import UserError
 from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
-from lm_jax.evaluators.models import DEFAULT, ModelOptions, checked, identity, prints
+from lm_jax.evaluators.models import DEFAULT, ModelOptions, asked_of, checked, identity, prints
 from lm_jax.model import parameters as params_lib
 from lm_jax.progress import progress
 from lm_jax.sharding.mesh import batch_block, batch_shards, to_devices
@@ -58,8 +58,7 @@ def evaluate_model(
     if "length" in data:
         config.data = with_length(config.data, data["length"])
     config.data.validation_sources = tuple(sources) or config.data.validation_sources
-    if not (config.data.validation_sources or config.data.sources):
-        raise UserError("--source: name a text: this model has none of its own")
+    asked = asked_of(config.data)
     config = checked(config, {f"data.{name}": name for name in data})
     rows, shards = model.batch_size or config.training.evaluate_batch_size, batch_shards(mesh)
     rows = -(-rows // shards) * shards
@@ -103,5 +102,5 @@ def evaluate_model(
     return {
         "model": source.path,
         "step": source.step,
-        "sources": config.data.validation_sources or config.data.sources,
+        "sources": asked,
     } | values

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lm_jax.config import Config, MeshConfig, walk
+from lm_jax.config import Config, DataConfig, MeshConfig, walk
 from lm_jax.data.chat import chat_template_of
+from lm_jax.data.sources import held_out_sources
 from lm_jax.errors import UserError
 from lm_jax.sharding.mesh import make_mesh
 from lm_jax.training.weights import Described, describe, fingerprint
@@ -83,6 +84,25 @@ def checked(config: Config, flags: Mapping[str, str]) -> Config:
     if wrong:
         raise UserError("\n".join(wrong))
     return config
+
+
+def asked_of(data: DataConfig) -> list[str]:
+    """What is evaluated on, fit for a report.
+
+    Raises:
+      UserError: there is nothing; or it would be what a data set has to train on, and nobody asked
+        for that.
+    """
+    if not (data.validation_sources or data.sources):
+        raise UserError("--source: name what to evaluate on: this model has nothing of its own")
+    found = held_out_sources(data)
+    for given, source in zip(data.validation_sources, found, strict=False):
+        if source == f"{given}[train]":
+            raise UserError(
+                f"--source: '{given}' has neither a split validation nor test: if the one that"
+                f" models are trained on is meant, say '{source}'"
+            )
+    return found
 
 
 def identity(model: Described) -> dict[str, Any]:

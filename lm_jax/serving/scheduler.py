@@ -28,6 +28,10 @@ from lm_jax.serving.batch import Batch, Entry
 _PROMPT_TOKENS = 256  # to read between two steps, so that long prompts do not hold up the rest
 
 
+class TooLong(UserError):
+    """A prompt leaves no room for an answer."""
+
+
 class Full(Exception):
     """The queue has no room."""
 
@@ -143,8 +147,8 @@ class Scheduler:
           max_tokens: the most to generate; `max_length` is a limit too.
 
         Raises:
-          UserError: the prompt is empty or too long, cannot be encoded, or has ids that are no
-            tokens.
+          TooLong: the prompt is.
+          UserError: it is empty, cannot be encoded, or has ids that are no tokens.
         """
         t = self.tokenizer
         ids = t.encode_prompt(prompt) if isinstance(prompt, str) else prompt
@@ -152,7 +156,7 @@ class Scheduler:
         if not len(ids):
             raise UserError("it is empty, and this tokenizer has no token that begins a text")
         if len(ids) >= self.max_length:
-            raise UserError(
+            raise TooLong(
                 f"it has {len(ids)} tokens, and prompt and answer together may have"
                 f" {self.max_length}"
             )

@@ -12,7 +12,7 @@ from lm_jax.errors import UserError
 from lm_jax.generation.decoding import Completion
 from lm_jax.generation.sampling import Sampling
 from lm_jax.serving.protocol import ApiError, Request
-from lm_jax.serving.scheduler import Closed, Event, Full, Job, Scheduler, TimedOut
+from lm_jax.serving.scheduler import Closed, Event, Full, Job, Scheduler, TimedOut, TooLong
 
 _GLANCE = 0.2  # seconds between two looks whether a client is still there
 _GRACE = 2.0  # seconds after a request's deadline in which the scheduler is to say so
@@ -88,16 +88,12 @@ class Service:
                     stop=request.stop,
                     deadline=running.deadline,
                 )
+                length, longest = len(job.row.ids), limits.max_prompt_tokens
+                if length > longest:
+                    raise TooLong(f"it has {length} tokens, and may have {longest}")
             except UserError as e:
-                raise ApiError(400, f"{which}: {e}", field) from None
-            length = len(job.row.ids)
-            if length > limits.max_prompt_tokens:
-                raise ApiError(
-                    400,
-                    f"{which}: it has {length} tokens, and may have {limits.max_prompt_tokens}",
-                    field,
-                    "context_length_exceeded",
-                )
+                code = "context_length_exceeded" if isinstance(e, TooLong) else None
+                raise ApiError(400, f"{which}: {e}", field, code) from None
             running.jobs.append(job)
         try:
             s.submit(running.jobs)

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint._src.metadata import array_metadata_store  # it has no public name
 
 from lm_jax import paths
 from lm_jax.config import CheckpointConfig
@@ -36,7 +37,11 @@ _LEAST_PART_BYTES = 1 << 20
 def _array_handler() -> ocp.PyTreeCheckpointHandler:
     """Writes and reads trees of arrays."""
     types = ocp.type_handlers
-    arrays = types.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART_BYTES)
+    arrays = types.ArrayHandler(
+        min_slice_bytes_for_replica_parallel=_LEAST_PART_BYTES,
+        # As orbax's own has it: each process notes what it wrote, and the first compares the notes.
+        array_metadata_store=array_metadata_store.Store(),
+    )
     others = [(t, types.get_type_handler(t)) for t in types.supported_types() if t is not jax.Array]
     registry = types.create_type_handler_registry(*others, (jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)

@@ -85,6 +85,13 @@ def test_quotes_of_a_tsv_are_quotes(tmp_path):
     assert found.targets == ("c\nd,e\nf,g",)
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_field_may_be_long(name, tmp_path):
+    text, mark = "word " * 40_000, "\t" if name.endswith(".tsv") else ","
+    (found,) = documents(complete(write(tmp_path, name, f"q{mark}a\n{text}{mark}x\n")), "train")
+    assert found.prompt == text + "?" and found.targets == ("x",)
+
+
 def test_parquet_gives_them_too(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -14,7 +14,7 @@ from lm_jax.errors import UserError
 ROUND_TRIP = """
 import pickle, re, sys
 from lm_jax.config import DataConfig
-from lm_jax.data.sources import documents
+from lm_jax.data.sources import documents, held_out_sources
 if sys.argv[1] == "write":
     from lm_jax.data.tfds_text import prepare
     print(prepare("mine", [sys.argv[2]], validation_sources=[sys.argv[3]]))
@@ -30,6 +30,8 @@ else:
     train[0]
     assert list(pickle.loads(pickle.dumps(train))) == ["one", "zwö", "three"]
     assert list(documents(config, "validation")) == ["four"]
+    assert held_out_sources(config) == ["tfds:local_text/mine[validation]"]
+    assert held_out_sources(DataConfig(source)) == ["tfds:local_text/mine[train]"]
     part = documents(DataConfig(("tfds:local_text/mine[train[1:]+validation]",)), "train")
     assert list(pickle.loads(pickle.dumps(part))) == ["zwö", "three"]
     from lm_jax.errors import UserError

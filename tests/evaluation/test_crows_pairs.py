@@ -161,3 +161,5 @@ def test_quotes_commas_and_line_ends_are_read(tmp_path):
     assert pairs[0].more == "The old man, of course, forgot."
     assert pairs[5] == Pair("two\nlines", 'say "no"', "stereo", "age", 8)
     assert pairs[6].more == "é" and pairs[6].line == 9
+    path.write_text(text + f"7,{'a ' * 100_000},b,stereo,age,\n")  # longer than the module takes
+    assert len(read_pairs(str(path))[7].more) == 200_000

@@ -2,13 +2,16 @@
 and of the records of another model nothing is gone on with."""
 
 import dataclasses
+import functools
 import json
+from types import SimpleNamespace
 
 import published_folders
 import pytest
 import random_llama
 from tiny_models import BERT
 
+from lm_jax.data import columnar
 from lm_jax.data.sources import documents
 from lm_jax.data.spans import windows, with_length
 from lm_jax.data.tokenizer import load_tokenizer
@@ -107,6 +110,22 @@ def test_what_fits_another_objective_is_refused(finder, questions):
     ):
         with pytest.raises(UserError, match="^" + said):
             evaluate_model(finder, sources=[questions], **flags)
+
+
+def test_what_a_data_set_has_to_train_on_is_not_taken_unasked(talker, finder, monkeypatch):
+    def builder(name):
+        splits = {s: SimpleNamespace(num_examples=2) for s in name.split("_")}
+        info = SimpleNamespace(splits=splits, features={"text": None})
+        return SimpleNamespace(info=info, as_data_source=lambda split: [{"text": b"a dog"}] * 2)
+
+    monkeypatch.setattr(columnar, "_tfds_builder", builder)
+    ask = functools.partial(evaluate_model, talker, length=8)
+    with pytest.raises(UserError, match=r"'tfds:train' has neither .* say 'tfds:train\[train\]'"):
+        ask(sources=["tfds:train"])
+    with pytest.raises(UserError, match=r"say 'tfds:train\[train\]'"):
+        evaluate_task(finder, "answer", sources=["tfds:train"])
+    found = ask(sources=["tfds:train_test", "tfds:train[train]"])
+    assert found["sources"] == ["tfds:train_test[test]", "tfds:train[train]"]
 
 
 def test_a_question_about_nothing_is_skipped_or_said(finder, tmp_path):

@@ -255,6 +255,15 @@ def test_what_is_wrong_has_a_status_and_a_message(server, status, path, method, 
     assert complete(server, max_tokens=1)[0] == 200
 
 
+@pytest.mark.parametrize("length", [101, 900])  # more than is allowed, and than the model has room
+def test_what_is_too_long_has_a_code_of_its_own(server, length):
+    """By which a client knows that it may shorten its text and try again."""
+    asked = {"role": "user", "content": "a" * length}
+    for status, error in (complete(server, prompt="a" * length), chat(server, messages=[asked])):
+        assert (status, error["code"]) == (400, "context_length_exceeded"), error
+    assert complete(server, prompt=["a"] * 23)[1]["code"] is None
+
+
 def test_a_model_without_a_template_says_where_to_go(model):
     with serving(model, template=None) as server:
         status, error = chat(server)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -75,6 +77,22 @@ def test_a_run_goes_on_alike_on_any_mesh(saved, axes):
             jax.NamedSharding(on_devices(axes), abstract.parameters[name].sharding.spec), x.ndim
         )
     np.testing.assert_allclose(go_on(restored, axes, 2, 3)[1], losses, atol=1e-4)
+
+
+def test_each_process_notes_what_it_wrote_and_none_of_it_is_needed(saved, tmp_path):
+    """Of several, the first compares the notes; older checkpoints have none."""
+    workdir, state, _ = saved
+    older = shutil.copytree(workdir, tmp_path / "older")
+    for item in ("parameters", "optimizer"):
+        notes = older / "checkpoints" / "2" / item / "array_metadatas"
+        (note,) = notes.iterdir()
+        names = {x["array_metadata"]["param_name"] for x in json.loads(note.read_text())[
+            "array_metadatas"]}  # fmt: skip
+        assert names >= set(state.parameters) if item == "parameters" else names
+        shutil.rmtree(notes)
+    with Checkpoints(str(older)) as checkpoints:
+        restored, _ = checkpoints.restore(2, updater(MESHES[0])[1], on_devices(MESHES[0]))
+    assert_same(restored, state)
 
 
 @pytest.mark.parametrize("axes", MESHES[:2])
