@@ -4,7 +4,7 @@ In the words of the model:
   published     fine-tunes a published model: add --config.init_from=FOLDER. Its prompts are put in
                 the model's own chat template, if it has one
   scratch       a small model that learns from the examples alone
-  tiny          the same, for a look at the whole, in seconds
+  tiny          the same, for a look at the whole, in a minute or two
 
 As a part of the text:
   extract       fine-tunes a published BERT: add --config.init_from=FOLDER

@@ -5,7 +5,7 @@
            of sentences is better read by --config.data.pooling=mean --config.model.pooler=False
   decoder  a published GPT-2, Llama or other model that writes, fine-tuned in the same way: its last
            token, which has seen the text, tells the class, by a head in place of the one for words
-  tiny     for a look at the whole, in seconds
+  tiny     for a look at the whole, in a minute or two
 
 Examples are records with the fields `text` and `label` (a number or a name); for others, set
 --config.data.prompt, --config.data.target and --config.data.labels. Name the files with

@@ -3,7 +3,7 @@
   published  fine-tunes a published model: add --config.init_from=FOLDER. Its prompts are put in the
              model's own chat template, if it has one
   scratch    a small model that learns from the examples alone
-  tiny       the same, for a look at the whole, in seconds
+  tiny       the same, for a look at the whole, in a minute or two
 
 Examples are records with the fields `dialogue` and `summary`; for others, set --config.data.prompt
 and --config.data.target. Name the files with --config.data.sources and

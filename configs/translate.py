@@ -2,7 +2,7 @@
 
   cpu    Multi30k (Elliott et al. 2016) within an hour on two CPU cores
   large  the same text on a GPU or TPU
-  tiny   for a look at the whole, in seconds
+  tiny   for a look at the whole, in a minute or two
 
 Examples are records with the fields `en` and `de`; for others, set --config.data.prompt and
 --config.data.target, and name the files with --config.data.sources and

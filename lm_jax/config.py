@@ -1,8 +1,8 @@
 """The configuration: typed dataclasses, and the only home of every default.
 
 A recipe in `configs/` returns a `Config`; flags override single fields (`--config.optimizer.name=
-lion`); `Config.validate` then checks what can be checked before any data or device is touched. This
-file imports nothing heavy, so that `--help` stays fast.
+lion`); `lm_jax.validation` then checks what can be checked before any data or device is touched.
+This file imports nothing heavy, so that `--help` stays fast.
 """
 
 import dataclasses

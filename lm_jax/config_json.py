@@ -24,7 +24,11 @@ def from_json(text: str, where: str = "config.json") -> Config:
         values = json.loads(text)
     except json.JSONDecodeError as e:
         raise UserError(f"{where}:{e.lineno}: not JSON: {e.msg}") from None
-    return _from_dict(Config, values, where, "")
+    config = _from_dict(Config, values, where, "")
+    # Before it was a choice, runs learned conversations so; with prefix attention none can go on.
+    if config.data.objective == "chat" and not config.model.prefix_attention:
+        config.data.turns = config.data.turns or "together"
+    return config
 
 
 def _from_dict(kind: type, values: Any, where: str, prefix: str) -> Any:

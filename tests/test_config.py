@@ -276,6 +276,22 @@ def test_a_key_that_has_another_name_by_now_is_read():
     assert from_json(json.dumps(values)).data.pooling == "last"
 
 
+def test_a_run_of_conversations_goes_on_as_it_was_begun():
+    """Older ones do not say how, and learned all answers of one together."""
+    chat = validate(config(data__objective="chat", data__prompt="{messages}"))
+    assert chat.data.turns == "together"
+    values = dataclasses.asdict(chat)
+    del values["data"]["turns"]
+    assert differences(from_json(json.dumps(values)), chat) == []
+    chat.data.turns = "apart"
+    assert differences(from_json(json.dumps(values)), chat) == ["data.turns: 'together' -> 'apart'"]
+    # With prefix attention that is not learned any more.
+    values["model"]["prefix_attention"] = True
+    before = from_json(json.dumps(values))
+    now = validate(from_json(json.dumps(values)))
+    assert differences(before, now) == ["data.turns: None -> 'apart'"]
+
+
 def test_json_of_another_version_or_none_at_all():
     values = dataclasses.asdict(config())
     values["optimizer"]["learing_rate"] = 1.0

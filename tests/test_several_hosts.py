@@ -206,6 +206,19 @@ def test_two_processes_answer_examples_as_one_does(tmp_path):
     assert split["scores"] == report["scores"]
     with pytest.raises(UserError, match="--fsdp=3 x --tensor=1 does not divide the 8 device"):
         evaluate_task(str(run / "best"), "translate", ModelOptions(fsdp=3))
+    # Each has another text at the same place, and none is measured with the other's.
+    place = [f"--coordinator={free_address()}", "--processes=2", "--source=~/text.jsonl"]
+    processes = []
+    for i in range(2):
+        (tmp_path / f"{i}").mkdir()
+        (tmp_path / f"{i}" / "text.jsonl").write_text(json.dumps(pairs[i]) + "\n")
+        env = environment(4, cache) | {"HOME": str(tmp_path / f"{i}")}
+        flags = [f"--workdir={run / 'best'}", *place, f"--process={i}"]
+        processes.append(commands.start("evaluate", *flags, env=env))
+    for process in processes:
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 1 and "Traceback" not in err
+        assert "process 1 was started for another text than process 0" in err, err
     for changes, said in (
         ({"beams": 2}, "beams: 1 -> 2"),
         ({"model": ModelOptions(dtype="bfloat16")}, "dtype: 'float32' -> 'bfloat16'"),

@@ -135,12 +135,12 @@ class JsonLines(Records):
 
 
 class Listed(Records):
-    """Records that were read at once: of CSV, or of a whole JSON file."""
+    """Records that were read at once, of CSV or of a whole JSON file; None where one could not."""
 
     def __init__(
         self,
         path: str,
-        records: Sequence[Record],
+        records: Sequence[Record | None],
         places: Sequence[str],
         errors: Errors,
         fields: Sequence[str] | None = None,
@@ -156,7 +156,7 @@ class Listed(Records):
     def place(self, i: int) -> str:
         return f"{self.path}{self.places[i]}"
 
-    def __getitem__(self, i: int) -> Record:
+    def __getitem__(self, i: int) -> Record | None:
         return self.records[i]
 
 
@@ -198,14 +198,13 @@ def read_csv(path: str, errors: Errors) -> Listed:
                 names = row
                 if len(set(names)) < len(names):
                     raise UserError(f"{path}:1: two columns have the same name")
-            elif len(row) != len(names):
+                continue
+            places.append(f":{rows.line_num}")
+            records.append(dict(zip(names, row)) if len(row) == len(names) else None)
+            if records[-1] is None:
                 errors.handle(
-                    f"{path}:{rows.line_num}: {len(row)} columns, and the first line has"
-                    f" {len(names)}"
+                    f"{path}{places[-1]}: {len(row)} columns, and the first line has {len(names)}"
                 )
-            else:
-                records.append(dict(zip(names, row)))
-                places.append(f":{rows.line_num}")
     except csv.Error as e:
         raise UserError(f"{path}:{rows.line_num}: not CSV: {e}") from None
     table = Listed(path, records, places, errors, names or [])
@@ -238,12 +237,10 @@ def read_json(path: str, errors: Errors) -> Records:
         raise UserError(f"{path}: a list of objects is wanted, not {kind(values)}")
     records, places = [], []
     for i, record in enumerate(values):
-        place = f": {where}record {i + 1}"
-        if isinstance(record, dict):
-            records.append(record)
-            places.append(place)
-        else:
-            errors.handle(f"{path}{place}: an object is wanted, not {kind(record)}")
+        places.append(f": {where}record {i + 1}")
+        records.append(record if isinstance(record, dict) else None)
+        if records[-1] is None:
+            errors.handle(f"{path}{places[-1]}: an object is wanted, not {kind(record)}")
     return Listed(path, records, places, errors)
 
 
@@ -280,4 +277,7 @@ def _squad(path: str, articles: list[Any], errors: Errors) -> Listed:
                     places.append(f": data[{a}].paragraphs[{p}].qas[{q}]")
         except (KeyError, TypeError, AttributeError) as e:
             errors.handle(f"{path}: data[{a}]: not in the form of SQuAD ({type(e).__name__}: {e})")
-    return Listed(path, records, places, errors, tuple(records[0]) if records else None)
+            records.append(None)
+            places.append(f": data[{a}]")
+    fields = next((tuple(record) for record in records if record is not None), None)
+    return Listed(path, records, places, errors, fields)

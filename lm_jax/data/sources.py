@@ -5,6 +5,7 @@ A document is a str, the ids of one (`Encoded`) or, where the objective is about
 """
 
 import bisect
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import Literal
@@ -131,6 +132,17 @@ def by_source(config: DataConfig, split: Split) -> list[Sequence[Document]]:
     if config.validation_sources:
         return found
     return [_split(part, config, split, ", ".join(g)) for part, g in zip(found, groups)]
+
+
+def digest(found: Sequence[Document]) -> str:
+    """Tells documents from others, wherever they lie."""
+    out = hashlib.sha256()
+    for i in range(len(found)):
+        document = found[i]
+        tokens = isinstance(document, Encoded)  # whose repr leaves some out
+        out.update(document.ids.tobytes() if tokens else repr(document).encode())
+        out.update(b"\0")
+    return out.hexdigest()
 
 
 def held_out_sources(config: DataConfig) -> list[str]:

@@ -1,14 +1,16 @@
 """The loss of a model on a text."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from lm_jax.config import OF_EXAMPLES
+from lm_jax.config import OF_EXAMPLES, DataConfig
 from lm_jax.data.held_out import validation_batches
+from lm_jax.data.sources import digest, documents
 from lm_jax.data.spans import with_length
 from lm_jax.errors import UserError
 from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
@@ -67,6 +69,10 @@ def evaluate_model(
     config.optimizer.freeze = ()  # of adapters, it may be, that are merged now
     about = identity(described) | {"data": dataclasses.asdict(config.data), "batches": max_batches}
     together.check_same(about, "for another text or model, or otherwise")
+    if jax.process_count() > 1:  # whose disks may hold others of the same names
+        with _paths_told(config.data):
+            text = digest(documents(config.data, "validation"))
+        together.check_same(text, "for another text")
     masking = make_masking(config.data, tokenizer, config.model.vocab_size)
     evaluate = jax.jit(make_step(config, masking).evaluate)
     index, parts = batch_block(mesh)
@@ -76,7 +82,7 @@ def evaluate_model(
         progress("batches", max_batches, active=prints()) as count,
     ):
         lengths = to_devices(byte_lengths(tokenizer, config.model.vocab_size), mesh)
-        try:
+        with _paths_told(config.data):
             batches = validation_batches(
                 config.data,
                 tokenizer,
@@ -85,12 +91,6 @@ def evaluate_model(
                 process_count=parts,
                 max_batches=max_batches,
             )
-        except UserError as e:
-            if config.data.validation_sources:
-                raise
-            raise UserError(
-                f"{e}\n(the run's own text, by the paths it was trained with; --source names other)"
-            ) from None
         values = evaluate_loss(
             lambda batch, i: evaluate(
                 parameters, to_devices(batch, mesh), to_devices(np.int32(i), mesh), lengths
@@ -104,3 +104,16 @@ def evaluate_model(
         "step": source.step,
         "sources": asked,
     } | values
+
+
+@contextlib.contextmanager
+def _paths_told(data: DataConfig) -> Iterator[None]:
+    """Where a text that nobody named is read, which may not be there any more."""
+    try:
+        yield
+    except UserError as e:
+        if data.validation_sources:
+            raise
+        raise UserError(
+            f"{e}\n(the run's own text, by the paths it was trained with; --source names other)"
+        ) from None

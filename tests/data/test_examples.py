@@ -160,6 +160,29 @@ def test_what_is_wrong_can_be_skipped(tmp_path):
     assert found.errors.count == 3
 
 
+def test_an_article_of_squad_that_is_none_is_skipped_at_its_place(tmp_path):
+    source = write(tmp_path, "a.json", {"data": [{"paragraphs": 1}, *SQUAD["data"], {}]})
+    config = complete(source, prompt="{context} {question}", target="{answers}", on_error="skip")
+    found = documents(config, "train")
+    assert [bool(e.targets) for e in found] == [False, True, False] and found.errors.count == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "q,a\n1,x\n1,2,3\n3,z\n"),
+        ("a.tsv", "q\ta\n1\tx\n1\n3\tz\n"),
+        ("a.json", [{"q": "1", "a": "x"}, 2, {"q": "3", "a": "z"}]),
+    ],
+)
+def test_what_a_file_has_no_record_of_is_skipped_at_its_place(name, content, tmp_path):
+    """And counted as any other that is skipped."""
+    found = documents(complete(write(tmp_path, name, content), on_error="skip"), "train")
+    assert [e.targets for e in found] == [("x",), (), ("z",)] and found.errors.count == 1
+    of, i = found[2].origin
+    assert of.place(i).endswith((f"{name}:4", f"{name}: record 3"))
+
+
 def test_labels_are_numbers_or_names(tmp_path):
     source = write(tmp_path, "a.csv", "text,label\na,1\nb,bad\n")
     config = complete(source, objective="classify", prompt="{text}", target="{label}",
