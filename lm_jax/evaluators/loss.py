@@ -64,7 +64,7 @@ def evaluate_model(
     config = checked(config, {f"data.{name}": name for name in data})
     rows, shards = model.batch_size or config.training.evaluate_batch_size, batch_shards(mesh)
     rows = -(-rows // shards) * shards
-    config.data.batch_size, config.training.accumulation = rows, 1
+    config.data.batch_size = rows
     config.training.loss_chunk = None
     config.optimizer.freeze = ()  # of adapters, it may be, that are merged now
     about = identity(described) | {"data": dataclasses.asdict(config.data), "batches": max_batches}

@@ -77,7 +77,7 @@ def checked(config: Config, flags: Mapping[str, str]) -> Config:
     Raises:
       UserError: a line for each field that is wrong.
     """
-    config.training.steps = 0
+    config.training.steps, config.training.accumulation = 0, 1
     wrong = mistakes_in(config)
     for key, flag in flags.items():
         wrong = [re.sub(rf"\b{re.escape(key)}\b", f"--{flag}", line) for line in wrong]
