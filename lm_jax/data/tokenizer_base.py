@@ -102,32 +102,20 @@ class Tokenizer(abc.ABC):
     def encode_with_specials(self, text: str) -> np.ndarray:
         """The ids of a text that a chat template made, int32[n]: the names of special tokens are
         read as these tokens, wherever they stand. For text of any other origin, use `encode`."""
-        by_name = {name: i for i, name in self.specials.items()}
-        ids = [np.zeros(0, np.int32)]
-        for i, part in enumerate(self._names_of_specials.split(text)):
-            if part:
-                ids.append(np.array([by_name[part]], np.int32) if i % 2 else self.encode(part))
-        return np.concatenate(ids)
+        return self.encode_with_marks(text, {name: i for i, name in self.specials.items()})
 
     def encode_with_marks(self, text: str, marks: Mapping[str, int]) -> np.ndarray:
-        """As `encode_with_specials`, but only the characters `marks` are read as special tokens, of
-        the ids that they have there: int32[n]."""
+        """As `encode_with_specials`, but the names are `marks`, with these ids: int32[n]."""
         ids = [np.zeros(0, np.int32)]
-        for part in re.split("([" + "".join(map(re.escape, marks)) + "])", text):
+        for i, part in enumerate(_any_of(marks).split(text)):
             if part:
-                one = np.array([marks[part]], np.int32) if part in marks else self.encode(part)
-                ids.append(one)
+                ids.append(np.array([marks[part]], np.int32) if i % 2 else self.encode(part))
         return np.concatenate(ids)
 
     def special_in(self, text: str) -> str | None:
         """The first name of a special token in a text; None where there is none."""
-        found = self._names_of_specials.search(text)
+        found = _any_of(self.specials.values()).search(text)
         return found and found[0]
-
-    @functools.cached_property
-    def _names_of_specials(self) -> re.Pattern[str]:
-        longest_first = sorted(filter(None, self.specials.values()), key=len, reverse=True)
-        return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
     def frame(self, ids: np.ndarray) -> np.ndarray:
         """`ids` of a text by itself with what goes around it, int32[n].
@@ -369,6 +357,11 @@ class CharacterTokenizer(Tokenizer):
     def _definition(self) -> dict[str, bytes]:
         mask = {} if self.mask_id is None else {"mask": True}
         return {META: json.dumps({"characters": self.characters} | mask).encode()}
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(filter(None, names), key=len, reverse=True)
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
 
 def utf8(text: str) -> bytes:
