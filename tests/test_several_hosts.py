@@ -212,7 +212,7 @@ def test_two_processes_answer_examples_as_one_does(tmp_path):
     for i in range(2):
         (tmp_path / f"{i}").mkdir()
         (tmp_path / f"{i}" / "text.jsonl").write_text(json.dumps(pairs[i]) + "\n")
-        env = environment(4, cache) | {"HOME": str(tmp_path / f"{i}")}
+        env = environment(4) | {"HOME": str(tmp_path / f"{i}")}
         flags = [f"--workdir={run / 'best'}", *place, f"--process={i}"]
         processes.append(commands.start("evaluate", *flags, env=env))
     for process in processes:
