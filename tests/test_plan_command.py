@@ -33,8 +33,8 @@ def plan(*more: str, **overrides):
 
 def test_what_does_not_fit_comes_with_what_does_and_a_slice_as_json(monkeypatch):
     """Flags for CPUs, which libtpu does not know, are no hindrance."""
-    flags = commands.environment()["XLA_FLAGS"] + " --xla_cpu_use_fusion_emitters=true"
-    monkeypatch.setattr(commands, "environment", lambda: os.environ | {"XLA_FLAGS": flags})
+    for_cpus = commands.environment()["XLA_FLAGS"] + " --xla_cpu_use_fusion_emitters=true"
+    monkeypatch.setattr(commands, "environment", lambda: os.environ | {"XLA_FLAGS": for_cpus})
     large = {"mesh__fsdp": 4, "mesh__data": 1, "data__batch_size": 16384}
     code, out, err = plan("--topology=v5e:2x2", **large)
     assert (code, err) == (1, "")

@@ -117,7 +117,7 @@ def same(a: list[Found], b: list[Found]) -> None:
 def test_it_answers_as_in_transformers_and_comes_and_goes(case, folders, tmp_path):
     folder = folders[case]
     want = theirs(folder, most=6)
-    assert len({text for text, *_ in want}) == 3
+    assert len({text for text, *_ in want}) > 1  # of a vocabulary that is learned anew each time
     same(ours(folder, most=6), want)
     same(ours(folder, most=6, batch_size=16), want)
     loaded = conversion.load(str(folder))

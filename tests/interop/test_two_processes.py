@@ -47,7 +47,7 @@ def test_two_processes_write_what_they_read(case, tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *arguments],
             cwd=commands.ROOT,
-            env=commands.environment(4, tmp_path / "cache") | job | {"JAX_PROCESS_ID": str(i)},
+            env=commands.environment(4) | job | {"JAX_PROCESS_ID": str(i)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -60,7 +60,7 @@ def test_two_processes_write_what_they_read(case, tmp_path):
     finally:
         for process in processes:  # where one failed, the other waits for it
             process.kill()
-    assert sorted(os.listdir(tmp_path)) == ["cache", "in", "out0"]
+    assert sorted(os.listdir(tmp_path)) == ["in", "out0"]
     before, after = open_weights(source), open_weights(tmp_path / "out0")
     assert before.names() == after.names()
     for name in before.names():
