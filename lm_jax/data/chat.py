@@ -10,7 +10,7 @@ without one and learned to chat has ours.
 
 import datetime
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +128,12 @@ class ChatTemplate:
         Raises:
           UserError: a message holds the name of a special token, which would be read as that.
         """
-        for n, name in _specials_in(tokenizer, messages):
-            raise UserError(
-                f"message {n} holds '{name}', which with this chat template is read as the special"
-                " token of that name, and not as a text to be learned"
-            )
+        for n, message in enumerate(messages, 1):
+            for name in filter(None, map(tokenizer.special_in, _said(message))):
+                raise UserError(
+                    f"message {n} holds '{name}', which with this chat template is read as the"
+                    " special token of that name, and not as a text to be learned"
+                )
 
 
 class _Ours(ChatTemplate):
@@ -163,15 +164,6 @@ class _Ours(ChatTemplate):
 
 def _said(message: Message) -> list[str]:
     return [value for value in message.values() if isinstance(value, str)]
-
-
-def _specials_in(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[tuple[int, str]]:
-    """The messages, from 1, that hold the name of a special token, and the first one each."""
-    for n, message in enumerate(messages, 1):
-        for text in _said(message):
-            if (name := tokenizer.special_in(text)) is not None:
-                yield n, name
-                break
 
 
 def load_chat_template(path: str | Path) -> ChatTemplate | None:

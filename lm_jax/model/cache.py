@@ -75,7 +75,6 @@ def update(
     Returns:
       The new cache, and the layer's keys and values: [B, K, S, H] each.
     """
-
     B, T, K, _ = k_BTKH.shape
     rows_B1 = jnp.arange(B)[:, None]
     where = layer, rows_B1, slice(None), positions_BT

@@ -72,6 +72,7 @@ class Batch:
         Args:
           rows: the most sequences at a time.
           max_length: the longest sequence, prompt included; at most the model's.
+          donate: whether the model is used for nothing else, and may be given up for a copy.
         """
         self._model, self._vocab_size = for_generation(model, donate), vocab_size
         self._max_length = max_length

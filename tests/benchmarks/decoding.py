@@ -9,7 +9,7 @@ for. Each contender is a process of its own. Prints a table of medians and a JSO
 share of the memory's bandwidth that reading the weights once a token comes to. The bandwidth is
 that of a sum over an array of 512 MiB, on all cores.
 
-Seen on two CPU cores, float32, 64 tokens after 32:
+Seen on two CPU cores, float32, 64 tokens after 32, with --rounds=3:
 
 | shape | rows | lm_jax, tokens/s | Transformers | times | of the bandwidth |
 |---|---|---|---|---|---|
@@ -17,9 +17,6 @@ Seen on two CPU cores, float32, 64 tokens after 32:
 | smollm2_135m | 16 | 119.7 | 77.1 | 1.55 | 17% |
 | gpt2_124m | 1 | 29.2 | 18.6 | 1.57 | 74% |
 | gpt2_124m | 16 | 191.2 | 99.3 | 1.93 | 28% |
-
-With one row, reading the weights is most of it. With 16, products with weights take about 60% of a
-step (at 60 to 95 GFLOP/s), attention to the cache 25%.
 """
 
 import argparse
