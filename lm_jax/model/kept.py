@@ -36,13 +36,14 @@ class KeptWeight(nnx.Module):
         self.axes = axes
 
     @classmethod
-    def of(cls, p: nnx.Param, inputs: int) -> "KeptWeight":
+    def of(cls, p: nnx.Param, inputs: int, dtype: str) -> "KeptWeight":
         """
         Args:
           p: [inputs ..., outputs ...].
           inputs: how many of its first axes are contracted.
+          dtype: of the activations; cast now, and not for each product.
         """
-        weight = np.asarray(p.get_value())
+        weight = np.asarray(p.get_value()).astype(dtype, copy=False)
         outputs = weight.shape[inputs:]
         matrix_OK = np.ascontiguousarray(weight.reshape(-1, math.prod(outputs)).T)
         return cls(matrix_OK, outputs, p.axes)
@@ -55,7 +56,7 @@ class KeptWeight(nnx.Module):
           dtype: of the result; None: of `x`.
         """
         B, T = x.shape[:2]
-        weight_OK = self.matrix_OK.get_value().astype(x.dtype)
+        weight_OK = self.matrix_OK.get_value()
         outer, inner = self.matrix_OK.axes
         x_MK = jax.lax.reshape(
             x, (B * T, weight_OK.shape[1]), out_sharding=activation_spec("batch", inner)

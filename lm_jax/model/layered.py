@@ -87,9 +87,9 @@ def for_generation(model: Transformer | Layered, donate: bool = False) -> Transf
 
 def _kept_head(model: Transformer) -> KeptWeight:
     if model.head is None:
-        table_VD = model.embedding.get_value()
+        table_VD = model.embedding.get_value().astype(model.config.dtype)
         return KeptWeight(table_VD, table_VD.shape[:1], ("embed", "vocab"))
-    return KeptWeight.of(model.head, 1)
+    return KeptWeight.of(model.head, 1, model.config.dtype)
 
 
 def _with_kept(block: Block) -> Block:
@@ -99,7 +99,7 @@ def _with_kept(block: Block) -> Block:
         module = copy.copy(module)
         for name, count in inputs.items():
             if (p := getattr(module, name)) is not None:
-                setattr(module, name, KeptWeight.of(p, count))
+                setattr(module, name, KeptWeight.of(p, count, module.config.dtype))
         return module
 
     block = copy.copy(block)
