@@ -91,6 +91,16 @@ def define_dtype_flag() -> flags.FlagHolder:
     )
 
 
+def define_quantize_flag() -> flags.FlagHolder:
+    return flags.DEFINE_enum(
+        "quantize",
+        None,
+        ["int8"],
+        "Weights of eight bits and a scale for each output, in a quarter of the memory of float32,"
+        " half of that of bfloat16. Default: the weights as they are.",
+    )
+
+
 def check_new_file(flag: str, path: str) -> None:
     """Checks, before any work is done and not after, that a file can be made.
 

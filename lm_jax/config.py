@@ -118,6 +118,12 @@ class ModelConfig:
     init_std: float = 0.02
     dropout: float = 0.0  # on the embedding, each residual branch and the attention weights
     dtype: str = choice("bfloat16", "float32", resumable=True)  # compute; parameters are float32
+    # In training, the operands of the blocks' products are 8-bit floats (Micikevicius et al. 2022),
+    # for GPUs that multiply them faster than bfloat16, from Hopper on.
+    float8: bool = resumable(False)
+    # int8: the weights of the embedding, the head and the blocks' products have eight bits and a
+    # scale for each output. For what is trained already (--quantize).
+    quantize: str = choice("none", "int8")
     # What the backward pass computes again to save memory; the more, the further to the right.
     # offload: as full, with the blocks' inputs in the host's memory.
     remat: str = choice(
@@ -129,7 +135,16 @@ class ModelConfig:
 
 
 # What of `model` is the recipe's with `init_from` as well; all else comes with the weights.
-NOT_OF_THE_WEIGHTS = ("dropout", "dtype", "remat", "scan_layers", "attention", "lora")
+NOT_OF_THE_WEIGHTS = (
+    "dropout",
+    "dtype",
+    "float8",
+    "quantize",
+    "remat",
+    "scan_layers",
+    "attention",
+    "lora",
+)
 
 
 @dataclasses.dataclass

@@ -16,6 +16,7 @@ from lm_jax.errors import UserError
 _MODEL = cli.define_model_flag()
 _STEP = flags.DEFINE_integer("step", None, "Of a run, which checkpoint; default: the newest.")
 _DTYPE = cli.define_dtype_flag()
+_QUANTIZE = cli.define_quantize_flag()
 _TEXT = flags.DEFINE_multi_string("text", [], "A text; may be repeated.")
 _TEXT_FILE = flags.DEFINE_string(
     "text_file", None, "More texts: one a line, or (.jsonl) objects with the key 'text'."
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> None:
     }
     fields |= {key: value for key, value in given.items() if value is not None}
     mesh = make_mesh(MeshConfig())
-    loaded = load_for_inference(path, mesh, _STEP.value, _DTYPE.value)
+    loaded = load_for_inference(path, mesh, _STEP.value, _DTYPE.value, _QUANTIZE.value)
     with jax.set_mesh(mesh):
         vectors, cut = embed(
             loaded.model, loaded.tokenizer, texts, Pooling(**fields), batch_size=_BATCH_SIZE.value

@@ -90,6 +90,7 @@ _ON_ERROR = flags.DEFINE_enum(
 )
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.")
 _DTYPE = cli.define_dtype_flag()
+_QUANTIZE = cli.define_quantize_flag()
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
     None,
@@ -130,7 +131,14 @@ def main(argv: list[str]) -> None:
     from lm_jax.evaluators import application, crows_pairs, lm_eval, loss
     from lm_jax.evaluators.models import ModelOptions, prints
 
-    options = ModelOptions(_STEP.value, _DTYPE.value, _BATCH_SIZE.value, _FSDP.value, _TENSOR.value)
+    options = ModelOptions(
+        _STEP.value,
+        _DTYPE.value,
+        _QUANTIZE.value,
+        _BATCH_SIZE.value,
+        _FSDP.value,
+        _TENSOR.value,
+    )
     match kind:
         case "":
             report = loss.evaluate_model(path, options, **given)

@@ -40,6 +40,7 @@ LENGTH_PENALTY = flags.DEFINE_float(
     "length_penalty", 1.0, "With --beams: the more, the longer the text; 0: sums count."
 )
 DTYPE = cli.define_dtype_flag()
+QUANTIZE = cli.define_quantize_flag()
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts at a time.", 1)
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices to split the model over.", 1)
 OUTPUT = flags.DEFINE_string("output", None, "A new file for the results, as JSON lines.")
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> None:
     if TENSOR.value > jax.device_count():
         raise UserError(f"--tensor={TENSOR.value}: this machine has {jax.device_count()} device(s)")
     mesh = make_mesh(MeshConfig(data=1, tensor=TENSOR.value), jax.devices()[: TENSOR.value])
-    loaded = load_for_inference(path, mesh, STEP.value, DTYPE.value)
+    loaded = load_for_inference(path, mesh, STEP.value, DTYPE.value, QUANTIZE.value)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows '?'
     generator = Generator(loaded.model, loaded.tokenizer, donate=True)
     asked = prompts

@@ -160,6 +160,7 @@ def _expert_checks(model: ModelConfig) -> Iterator[Check]:
         f"must be from 1 to model.moe.experts = {experts}, not {chosen}",
     )
     yield not model.mlp_bias, "model.mlp_bias", "experts have no biases: set it to False"
+    yield not model.float8, "model.float8", "experts have no products of 8-bit floats: leave it out"
 
 
 def _adapter_checks(model: ModelConfig) -> Iterator[Check]:

@@ -17,6 +17,7 @@ from lm_jax.errors import UserError
 _MODEL = cli.define_model_flag()
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.", lower_bound=0)
 _DTYPE = cli.define_dtype_flag()
+_QUANTIZE = cli.define_quantize_flag()
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices to split the model over.", 1)
 _NAME = flags.DEFINE_string("name", None, "What clients call the model; default: its folder.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Where to listen; 0.0.0.0: to the whole network.")
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
             f"--tensor={_TENSOR.value}: this machine has {jax.device_count()} device(s)"
         )
     mesh = make_mesh(MeshConfig(data=1, tensor=_TENSOR.value), jax.devices()[: _TENSOR.value])
-    loaded = load_for_inference(path, mesh, _STEP.value, _DTYPE.value)
+    loaded = load_for_inference(path, mesh, _STEP.value, _DTYPE.value, _QUANTIZE.value)
     scheduler = Scheduler(
         loaded.model,
         loaded.tokenizer,

@@ -242,7 +242,7 @@ def test_what_the_model_has_learned_may_not_be_changed_on_resuming():
     sections = {key.partition(".")[0] for key in free}
     assert sections == {"model", "data", "task", "training", "mesh", "checkpoint", "logging"}
     assert {key for key in free if key.startswith("model.")} == {
-        f"model.{name}" for name in ("dtype", "remat", "scan_layers", "attention")
+        f"model.{name}" for name in ("dtype", "float8", "remat", "scan_layers", "attention")
     }
     fixed = {"training.seed", "training.accumulation", "training.z_loss", "init_from"}
     assert not free & fixed

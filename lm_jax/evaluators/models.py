@@ -27,6 +27,7 @@ class ModelOptions:
 
     step: int | None = None  # None: the newest
     dtype: str | None = None  # see `lm_jax.training.weights.describe`
+    quantize: str | None = None  # the same
     batch_size: int | None = None  # rows at a time; None: as the evaluation has it
     fsdp: int = 1  # devices that share the parameters out
     tensor: int = 1  # devices that each layer is split over; the batch goes over what is left
@@ -56,7 +57,7 @@ class ModelOptions:
         return make_mesh(MeshConfig(fsdp=self.fsdp, tensor=self.tensor))
 
     def describe(self, path: str) -> Described:
-        return describe(path, self.step, self.dtype)
+        return describe(path, self.step, self.dtype, self.quantize)
 
 
 DEFAULT = ModelOptions()

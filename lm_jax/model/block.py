@@ -7,6 +7,7 @@ F feed-forward width, L layers.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from lm_jax.model.dropout import dropout
 from lm_jax.model.moe import Experts
 from lm_jax.model.parameters import constant, normal
 from lm_jax.model.projection import Lora, project
+from lm_jax.model.quantized import take_place
 from lm_jax.model.ring import ring_attention
 from lm_jax.model.rope import apply_rope
 from lm_jax.model.splash import splash_attention
@@ -55,6 +57,9 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
+    # The weights of its products, and which of their axes are contracted.
+    products: ClassVar = {"query": (-3,), "key": (-3,), "value": (-3,), "out": (-3, -2)}
+
     def __init__(self, config: ModelConfig, key: jax.Array):
         c = self.config = config
         D, N, K, H = c.width, c.heads, c.kv_heads, c.head_width
@@ -75,11 +80,14 @@ class Attention(nnx.Module):
         self.key_lora = _adapter(c, "key", kk, self.key)
         self.value_lora = _adapter(c, "value", kv_, self.value)
         self.out_lora = _adapter(c, "out", ko, self.out, inputs=2)
+        if c.quantize != "none":
+            take_place(self, self.products)
 
     def __call__(self, x_BTD, context: "Context", layer, kind, cache, key):
         c = self.config
         mask_BTS, rope = context.of(kind)
-        heads = functools.partial(_heads, context.whole(x_BTD, c.lora.rank > 0), context.length)
+        whole_BTD = context.whole(x_BTD, c.lora.rank > 0)
+        heads = functools.partial(_heads, whole_BTD, context.length, c.float8)
         q_BTNH = heads(self.query, self.query_bias, self.query_lora, self.query_norm)
         k_BTKH = heads(self.key, self.key_bias, self.key_lora, self.key_norm)
         v_BTKH = heads(self.value, self.value_bias, self.value_lora, None)
@@ -124,12 +132,14 @@ class Attention(nnx.Module):
             apart = activation_spec("batch", "heads", context.length, None)
             weights_BNTS = jax.lax.reshape(weights_BKGTS, (B, K * G, T, S), out_sharding=apart)
         axes = "batch", context.residual, "embed"
-        y_BTD = project(y_BTNH, self.out, self.out_bias, *axes, lora=self.out_lora)
+        more = {"lora": self.out_lora, "float8": c.float8}
+        y_BTD = project(y_BTNH, self.out, self.out_bias, *axes, **more)
         return y_BTD, cache, weights_BNTS
 
 
-def _heads(x_BTD, length, weight, bias, lora, norm):
-    y = project(x_BTD, weight, bias, "batch", length, *weight.axes[1:], lora=lora)
+def _heads(x_BTD, length, float8, weight, bias, lora, norm):
+    axes = "batch", length, *weight.axes[1:]
+    y = project(x_BTD, weight, bias, *axes, lora=lora, float8=float8)
     return y if norm is None else norm(y)
 
 
@@ -140,6 +150,8 @@ def _adapter(c: ModelConfig, name: str, key: jax.Array, weight, inputs: int = 1)
 
 
 class FeedForward(nnx.Module):
+    products: ClassVar = {"up": (-2,), "gate": (-2,), "down": (-2,)}  # see `Attention`
+
     def __init__(self, config: ModelConfig, key: jax.Array):
         c = self.config = config
         D, F = c.width, c.mlp_width
@@ -155,19 +167,22 @@ class FeedForward(nnx.Module):
         self.up_lora = _adapter(c, "up", ku, self.up)
         self.gate_lora = _adapter(c, "gate", kg, self.gate) if c.gated_mlp else None
         self.down_lora = _adapter(c, "down", kd, self.down)
+        if c.quantize != "none":
+            take_place(self, self.products)
 
     def __call__(self, x_BTD: jax.Array, context: "Context") -> jax.Array:
-        activation = ACTIVATIONS[self.config.activation]
-        x_BTD = context.whole(x_BTD, self.config.lora.rank > 0)
+        c, activation = self.config, ACTIVATIONS[self.config.activation]
+        product = functools.partial(project, float8=c.float8)
+        x_BTD = context.whole(x_BTD, c.lora.rank > 0)
         axes = "batch", context.length, "mlp"
-        h_BTF = project(x_BTD, self.up, self.up_bias, *axes, lora=self.up_lora)
+        h_BTF = product(x_BTD, self.up, self.up_bias, *axes, lora=self.up_lora)
         if self.gate is None:
             h_BTF = activation(h_BTF)
         else:
-            gate_BTF = project(x_BTD, self.gate, self.gate_bias, *axes, lora=self.gate_lora)
+            gate_BTF = product(x_BTD, self.gate, self.gate_bias, *axes, lora=self.gate_lora)
             h_BTF = activation(gate_BTF) * h_BTF
         axes = "batch", context.residual, "embed"
-        return project(h_BTF, self.down, self.down_bias, *axes, lora=self.down_lora)
+        return product(h_BTF, self.down, self.down_bias, *axes, lora=self.down_lora)
 
 
 @jax.tree_util.register_dataclass

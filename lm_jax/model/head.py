@@ -31,8 +31,10 @@ class Head:
     """
 
     weight_DV: jax.Array  # has no gradient
-    zeros_DV: jax.Array  # float32, of no effect but that they have the weight's gradient
+    # float32, of no effect but that they have the weight's gradient. None: nothing learns.
+    zeros_DV: jax.Array | None
     bias_V: jax.Array | None
+    scale_V: jax.Array | None  # of a quantized weight
     softcap: float = dataclasses.field(metadata={"static": True})
 
     @classmethod
@@ -40,6 +42,7 @@ class Head:
         cls,
         weight_DV: jax.Array,
         bias_V: jax.Array | None,
+        scale_V: jax.Array | None = None,
         *,
         dtype: str,
         softcap: float,
@@ -47,14 +50,16 @@ class Head:
     ) -> "Head":
         """
         Args:
-          weight_DV: float32, sharded as a parameter.
+          weight_DV: float32, or int8 with a scale, sharded as a parameter.
           dtype: of the products.
           length: logical axis of the positions that it is for.
         """
         spec, rows = activation_spec("embed", "vocab"), names_in(activation_spec("batch", length))
         used = reshard(jax.lax.stop_gradient(weight_DV).astype(dtype), spec)
+        if scale_V is not None:
+            return cls(used, None, bias_V, scale_V, softcap)
         zeros = weight_DV - jax.lax.stop_gradient(weight_DV)
-        return cls(used, gather(zeros, spec, rows), bias_V, softcap)
+        return cls(used, gather(zeros, spec, rows), bias_V, None, softcap)
 
     @property
     def learned(self) -> dict[str, jax.Array | None]:
@@ -83,6 +88,8 @@ class Head:
             logits_BTV = _product(x_MD, self.weight_DV, self.zeros_DV)
         spec = activation_spec(*axes)
         logits_BTV = jax.lax.reshape(logits_BTV, (B, T, V), out_sharding=spec)
+        if self.scale_V is not None:
+            logits_BTV = logits_BTV * self.scale_V[None, None]
         return _finished(logits_BTV, self.bias_V, self.softcap)
 
 
@@ -137,7 +144,7 @@ class ClassHead:
 
 
 @jax.custom_vjp
-def _product(x_BTD: jax.Array, weight_DV: jax.Array, zeros_DV: jax.Array) -> jax.Array:
+def _product(x_BTD: jax.Array, weight_DV: jax.Array, zeros_DV: jax.Array | None) -> jax.Array:
     """float32 [B, T, V]."""
     return jnp.einsum("BTD,DV->BTV", x_BTD, weight_DV, preferred_element_type=jnp.float32)
 
@@ -150,6 +157,8 @@ def _product_backward(saved, d_logits_BTV):
     x_BTD, weight_DV, zeros_DV = saved
     d_logits_BTV = d_logits_BTV.astype(x_BTD.dtype)
     d_x_BTD = jnp.einsum("BTV,DV->BTD", d_logits_BTV, weight_DV, out_sharding=gradient_spec(x_BTD))
+    if zeros_DV is None:
+        return d_x_BTD, jnp.zeros_like(weight_DV), None
     d_weight_DV = jnp.einsum(
         "BTD,BTV->DV",
         x_BTD,

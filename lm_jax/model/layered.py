@@ -18,15 +18,15 @@ from jax.sharding import NamedSharding
 
 from lm_jax.config import ModelConfig
 from lm_jax.model.attention import layer_kinds
-from lm_jax.model.block import Block, Context, FeedForward
+from lm_jax.model.block import Attention, Block, Context, FeedForward
 from lm_jax.model.cache import Cache, together
-from lm_jax.model.kept import KeptWeight
+from lm_jax.model.kept import KeptWeight, merged
+from lm_jax.model.quantized import QuantizedWeight
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec
 
-# The weights of products, and how many of their axes are contracted.
-_ATTENTION = {"query": 1, "key": 1, "value": 1, "out": 2}
-_FEED_FORWARD = {"up": 1, "gate": 1, "down": 1}
+# Products of the same activations, which are made one.
+_TOGETHER = ("query", "key", "value"), ("up", "gate")
 
 
 class Layered:
@@ -50,9 +50,11 @@ class Layered:
             self.outer.head = nnx.data(_on_device(_kept_head(model)))
             for layer, kind in enumerate(kinds):
                 block = jax.tree.unflatten(structure, [np.asarray(x)[layer] for x in stacked])
-                weights, kept = jax.tree.flatten(_on_device(_with_kept(block)))
-                self._layers.append((weights, np.int32(kind)))
-        self._run = _program(kept)
+                leaves, kept = jax.tree.flatten(_on_device(_with_kept(block)))
+                each = {id(x): x for x in leaves}
+                places = tuple(map([*each].index, map(id, leaves)))
+                self._layers.append(([*each.values()], np.int32(kind)))
+        self._run = _program(kept, places)
         for x in stacked if donate else ():
             x.delete()
 
@@ -86,43 +88,65 @@ def for_generation(model: Transformer | Layered, donate: bool = False) -> Transf
 
 
 def _kept_head(model: Transformer) -> KeptWeight:
-    if model.head is None:
-        table_VD = model.embedding.get_value().astype(model.config.dtype)
-        return KeptWeight(table_VD, table_VD.shape[:1], ("embed", "vocab"))
-    return KeptWeight.of(model.head, 1, model.config.dtype)
+    c = model.config
+    if model.head is not None:
+        return KeptWeight.of(model.head, 1, c.dtype)
+    table, scale_V = model.embedding, None
+    if isinstance(table, QuantizedWeight):
+        table_VD, scale_V = table.values.get_value(), table.scale.get_value()
+    else:
+        table_VD = table.get_value().astype(c.dtype)
+    return KeptWeight(table_VD, table_VD.shape[:1], ("embed", "vocab"), scale_V)
 
 
 def _with_kept(block: Block) -> Block:
     """The same block with the weights of its products as generation keeps them."""
 
-    def kept(module: nnx.Module, inputs: dict[str, int]) -> nnx.Module:
-        module = copy.copy(module)
-        for name, count in inputs.items():
-            if (p := getattr(module, name)) is not None:
-                setattr(module, name, KeptWeight.of(p, count, module.config.dtype))
+    def kept(module: Attention | FeedForward) -> Attention | FeedForward:
+        module, dtype = copy.copy(module), module.config.dtype
+        weights = {
+            name: KeptWeight.of(p, len(contracted), dtype)
+            for name, contracted in module.products.items()
+            if (p := getattr(module, name)) is not None
+        }
+        for names in _TOGETHER:
+            if names[1] in weights and set(names) <= set(weights):
+                weights |= zip(names, merged([weights[name] for name in names]))
+        for name, weight in weights.items():
+            setattr(module, name, weight)
         return module
 
     block = copy.copy(block)
-    block.attention = kept(block.attention, _ATTENTION)
+    block.attention = kept(block.attention)
     if isinstance(block.mlp, FeedForward):
-        block.mlp = kept(block.mlp, _FEED_FORWARD)
+        block.mlp = kept(block.mlp)
     return block
 
 
 def _on_device(module: nnx.Module) -> nnx.Module:
+    """What is shared stays shared."""
+    done: dict[int, nnx.Param] = {}
+
     def place(p: nnx.Param) -> nnx.Param:
-        return p.replace(jax.device_put(p.get_value(), activation_spec(*p.axes), may_alias=False))
+        if id(p) not in done:
+            on_device = jax.device_put(p.get_value(), activation_spec(*p.axes), may_alias=False)
+            done[id(p)] = p.replace(on_device)
+        return done[id(p)]
 
     return jax.tree.map(place, module, is_leaf=lambda x: isinstance(x, nnx.Param))
 
 
 @functools.lru_cache
-def _program(structure) -> Callable[..., tuple[jax.Array, Cache]]:
-    """What runs any block of a model."""
+def _program(structure, places: tuple[int, ...]) -> Callable[..., tuple[jax.Array, Cache]]:
+    """What runs any block of a model.
+
+    Args:
+      places: of each of its arrays, among those that there are.
+    """
 
     @functools.partial(jax.jit, donate_argnames=("x_BTD", "cache"))
     def run(weights, x_BTD, context, cache, kind):
-        block = jax.tree.unflatten(structure, weights)
+        block = jax.tree.unflatten(structure, [weights[i] for i in places])
         x_BTD, cache, _, _ = block(x_BTD, context, 0, kind, cache, None)
         return x_BTD, cache
 

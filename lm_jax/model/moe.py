@@ -18,7 +18,7 @@ buffer of the same size. Mixtral 8x7B, one row of 4096 tokens a device, expert =
 """
 
 import functools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from lm_jax.config import ModelConfig
 from lm_jax.model.activations import ACTIVATIONS
 from lm_jax.model.parameters import normal, use
+from lm_jax.model.quantized import QuantizedWeight, take_place
 from lm_jax.sharding.mesh import activation_spec, names_in, parameter_spec, reshard
 
 
@@ -68,6 +69,8 @@ class RouterSums(NamedTuple):
 
 
 class Experts(nnx.Module):
+    products: ClassVar = {"up": (-2,), "gate": (-2,), "down": (-2,)}  # see `block.Attention`
+
     def __init__(self, config: ModelConfig, key: jax.Array):
         c = self.config = config
         D, F, E = c.width, c.mlp_width, c.moe.experts
@@ -78,6 +81,8 @@ class Experts(nnx.Module):
         self.up = normal(ku, (E, D, F), c.init_std, *into)
         self.gate = normal(kg, (E, D, F), c.init_std, *into) if c.gated_mlp else None
         self.down = normal(kd, (E, F, D), residual_std, *out)
+        if c.quantize != "none":
+            take_place(self, self.products)
 
     def __call__(
         self, x_BTD: jax.Array, real_BT: jax.Array | None, length: str | None
@@ -125,7 +130,12 @@ class Experts(nnx.Module):
 
     def _apply(self, x_BTD, chosen_BTK, gates_BTK, length):
         weights = [w for w in (self.up, self.gate, self.down) if w is not None]
-        values = [w.get_value().astype(x_BTD.dtype) for w in weights]
+        values = [
+            w.dequantized(x_BTD.dtype)
+            if isinstance(w, QuantizedWeight)
+            else w.get_value().astype(x_BTD.dtype)
+            for w in weights
+        ]
         apply = functools.partial(_on_one_device, self.config)
         if jax.sharding.get_abstract_mesh().empty:
             return apply(x_BTD, chosen_BTK, gates_BTK, *values)

@@ -11,8 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from lm_jax.config import LoraConfig
+from lm_jax.model import float8 as eight_bits
 from lm_jax.model.kept import KeptWeight
 from lm_jax.model.parameters import constant, normal, use
+from lm_jax.model.quantized import QuantizedWeight
 from lm_jax.sharding.gather import gather, scatter
 from lm_jax.sharding.mesh import activation_spec, names_in, parameter_spec, platform, shards
 
@@ -51,10 +53,11 @@ class Lora(nnx.Module):
 
 def project(
     x: jax.Array,
-    p: nnx.Param | KeptWeight,
+    p: nnx.Param | KeptWeight | QuantizedWeight,
     bias: nnx.Param | None,
     *axes: str | None,
     lora: Lora | None = None,
+    float8: bool = False,
 ) -> jax.Array:
     """The product of the last axes of `x` with the first of a weight, plus a bias and what an
     adapter adds, where there are such.
@@ -62,9 +65,16 @@ def project(
     Args:
       x: activations; as many leading axes remain as `axes` names before the weight's own.
       axes: logical axes of the result; None: whole.
+      float8: as `model.float8`, but for what the adapter adds.
     """
-    kept = isinstance(p, KeptWeight)
-    y = plus(p.product(x, *axes) if kept else _product(x, p, *axes), bias)
+    if isinstance(p, KeptWeight):
+        y = p.product(x, *axes)
+    elif isinstance(p, QuantizedWeight):
+        y = _product(x, p.values, *axes, dtype=jnp.float32)
+        y = (y * _spread(p.scale, y)).astype(x.dtype)
+    else:
+        y = _product(x, p, *axes, float8=float8)
+    y = plus(y, bias)
     if lora is not None:
         contracted = lora.a.get_value().ndim - 1
         low = project(x, lora.a, None, *axes[: x.ndim - contracted], "rank")
@@ -72,7 +82,13 @@ def project(
     return y
 
 
-def _product(x: jax.Array, p: nnx.Param, *axes: str | None) -> jax.Array:
+def _product(
+    x: jax.Array,
+    p: nnx.Param,
+    *axes: str | None,
+    dtype: jnp.dtype | None = None,
+    float8: bool = False,
+) -> jax.Array:
     shape = p.get_value().shape
     contracted = (x.ndim + len(shape) - len(axes)) // 2
     merged = p.axes[-len(shape)], p.axes[contracted]  # how the merged axes are sharded
@@ -82,7 +98,10 @@ def _product(x: jax.Array, p: nnx.Param, *axes: str | None) -> jax.Array:
         out_sharding=parameter_spec(*merged),
     )
     weight_KO = gather(weight_KO, activation_spec(*merged), names_in(rows_of(x)))
-    return product(x, weight_KO, merged, shape[contracted:], *axes)
+    if not float8:
+        return product(x, weight_KO, merged, shape[contracted:], *axes, dtype=dtype)
+    operands = eight_bits.operand(x), eight_bits.operand(weight_KO)
+    return eight_bits.result(product(*operands, merged, shape[contracted:], *axes))
 
 
 def product(
@@ -150,4 +169,9 @@ def plus(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
     """`x` with a bias, if there is one, over its last axes."""
     if bias is None:
         return x
-    return x + use(bias, x.dtype)[(None,) * (x.ndim - len(bias.axes))]
+    return x + _spread(bias, x)
+
+
+def _spread(p: nnx.Param, x: jax.Array) -> jax.Array:
+    """A parameter of the last axes of `x`, to be added to it or multiplied by."""
+    return use(p, x.dtype)[(None,) * (x.ndim - len(p.axes))]

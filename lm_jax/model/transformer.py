@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from lm_jax.config import ModelConfig
+from lm_jax.config import OWN_HEADS, ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.model import cache as kv
 from lm_jax.model.activations import ACTIVATIONS
@@ -30,6 +30,7 @@ from lm_jax.model.kept import KeptWeight
 from lm_jax.model.moe import RouterSums
 from lm_jax.model.parameters import constant, normal, use
 from lm_jax.model.projection import project
+from lm_jax.model.quantized import QuantizedWeight, take_place
 from lm_jax.model.remat import REMAT_POLICIES
 from lm_jax.model.rope import rope_tables
 from lm_jax.sharding.mesh import (
@@ -78,6 +79,9 @@ class Transformer(nnx.Module):
         self.head_dense_bias = constant(0.0, (c.width,), "norm") if masked else None
         self.head_norm = Norm(c.norm, c.width, c.norm_epsilon, c.norm_bias) if masked else None
         self.head_bias, self.head = self._head(head_key)
+        if c.quantize != "none":
+            of_words = self.head is not None and c.head not in OWN_HEADS.values()
+            take_place(self, {"embedding": (-1,)} | ({"head": (-2,)} if of_words else {}))
 
     def _head(self, key: jax.Array) -> tuple[nnx.Param | None, nnx.Param | None]:
         """Bias and weight of what is not the embedding's."""
@@ -272,10 +276,14 @@ class Transformer(nnx.Module):
         out. To move what was found is less than to gather the table; but of parts so narrow that
         they would fill a small part of a TPU's vectors only, some are gathered.
         """
-        table_VD = self.embedding.get_value()
+        table, scale_V = self.embedding, None
+        if isinstance(table, QuantizedWeight):
+            table, scale_V = table.values, reshard(table.scale.get_value(), activation_spec(None))
+        table_VD = table.get_value()
         held = parameter_spec("vocab", "embed")
         if held is None:
-            return table_VD[tokens_BT]
+            found_BTD = table_VD[tokens_BT]
+            return found_BTD if scale_V is None else found_BTD * scale_V[tokens_BT][:, :, None]
         width = names_in(held[1])
         while width and table_VD.shape[1] // axis_size(*width) < _NARROWEST:
             width = width[:-1]
@@ -284,8 +292,11 @@ class Transformer(nnx.Module):
             tuple(name for name in names_in(part) if name not in width) or None
             for part in activation_spec("batch", length)
         ))  # fmt: skip
-        found = P(*rows, width or None)
-        return table_VD.at[reshard(tokens_BT, rows)].get(out_sharding=found)
+        tokens_BT = reshard(tokens_BT, rows)
+        found_BTD = table_VD.at[tokens_BT].get(out_sharding=P(*rows, width or None))
+        if scale_V is None:
+            return found_BTD
+        return found_BTD * scale_V.at[tokens_BT].get(out_sharding=rows)[:, :, None]
 
     @property
     def outer(self) -> "Transformer":
@@ -363,8 +374,13 @@ class Transformer(nnx.Module):
         bias = None if self.head_bias is None else use(self.head_bias, "float32")
         if isinstance(self.head, KeptWeight):
             return KeptHead(self.head, bias, c.logits_softcap)
-        weight_DV = self.embedding.get_value().T if self.head is None else self.head.get_value()
-        return Head.of(weight_DV, bias, dtype=c.dtype, softcap=c.logits_softcap, length=length)
+        weight, scale_V = self.embedding if self.head is None else self.head, None
+        if isinstance(weight, QuantizedWeight):
+            weight, scale_V = weight.values, use(weight.scale, "float32")
+        weight_DV = weight.get_value().T if self.head is None else weight.get_value()
+        return Head.of(
+            weight_DV, bias, scale_V, dtype=c.dtype, softcap=c.logits_softcap, length=length
+        )
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 scores [B, T, V], or what `ClassHead` gives, for the hidden states `x_BTD`."""

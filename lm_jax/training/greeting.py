@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from lm_jax.config import Config
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.model.attention import resolve_backend
+from lm_jax.model.float8 import multiplies_float8
 from lm_jax.model.flops import idle_parameters
 from lm_jax.training import trainable
 from lm_jax.training.step import TrainState
@@ -24,6 +25,11 @@ def greeting(
         f"model: {count:,} parameters{active}, {config.model.dtype}, vocabulary"
         f" {config.model.vocab_size:,} ({tokenizer.kind})"
     )
+    if config.model.float8 and not multiplies_float8(mesh.devices.flat[0]):
+        yield (
+            "note: model.float8: these devices have no products of 8-bit floats; rounding to them"
+            " takes longer than it gains"
+        )
     if learning < count:
         yield f"training: {learning:,} of {count:,} parameters ({count - learning:,} frozen)"
     axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1) or "no mesh"

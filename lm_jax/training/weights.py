@@ -30,6 +30,7 @@ from lm_jax.interop import pretrained
 from lm_jax.model import lora
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.parameters import Parameters
+from lm_jax.model.quantized import quantized
 from lm_jax.model.transformer import Transformer, skeleton_of
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
 from lm_jax.training.published import data_of
@@ -134,6 +135,11 @@ def resolved(config: Config, workdir: str, overridden: Collection[str] = ()) -> 
     """
     config, path = copy.deepcopy(config), config.init_from
     classify = config.data.objective == "classify"
+    if config.model.quantize != "none":
+        raise UserError(
+            "model.quantize: weights of eight bits do not learn. Leave it out, and give --quantize"
+            " where the model is used"
+        )
     if not path:
         return validate(config)
     if paths.exists(os.path.join(workdir, "config.json")):
@@ -249,8 +255,11 @@ class Described:
         Raises:
           UserError: the weights are damaged, or do not fit the mesh.
         """
-        parameters = load_weights(self.source, self.config.model, mesh)
-        model = params_lib.bind(skeleton_of(self.config.model), parameters)
+        whole = dataclasses.replace(self.config.model, quantize="none")
+        parameters = load_weights(self.source, whole, mesh)
+        with jax.set_mesh(mesh):
+            skeleton = skeleton_of(self.config.model)
+            model = params_lib.bind(skeleton, quantized(skeleton, parameters))
         return Loaded(model, self.config, self.tokenizer, self.source)
 
 
@@ -265,13 +274,19 @@ class Loaded:
 
 
 def load_for_inference(
-    path: str, mesh: Mesh, step: int | None = None, dtype: str | None = None
+    path: str,
+    mesh: Mesh,
+    step: int | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
 ) -> Loaded:
     """As `describe`, with the weights on `mesh`."""
-    return describe(path, step, dtype).load(mesh)
+    return describe(path, step, dtype, quantize).load(mesh)
 
 
-def describe(path: str, step: int | None = None, dtype: str | None = None) -> Described:
+def describe(
+    path: str, step: int | None = None, dtype: str | None = None, quantize: str | None = None
+) -> Described:
     """The model of a run, adapters merged, or a published one.
 
     Args:
@@ -279,6 +294,7 @@ def describe(path: str, step: int | None = None, dtype: str | None = None) -> De
       step: of a run, which checkpoint; None: the newest.
       dtype: to compute in; None: the run's; of a published model, bfloat16 but on CPUs, which are
         slower at that, float32.
+      quantize: as `model.quantize`; None: not.
 
     Raises:
       UserError: there is no such model or checkpoint.
@@ -288,6 +304,7 @@ def describe(path: str, step: int | None = None, dtype: str | None = None) -> De
     if source.step is None:
         config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config.model.dtype = dtype or config.model.dtype
+    config.model.quantize, config.model.float8 = quantize or "none", False
     config.model.attention = "auto"  # whatever the platform that trained it had
     return Described(config, tokenizer, source)
 
