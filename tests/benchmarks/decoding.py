@@ -3,6 +3,7 @@ turns in one run.
 
     python tests/benchmarks/decoding.py --shape=smollm2_135m --rows=1
     python tests/benchmarks/decoding.py --shape=gpt2_124m --rows=16
+    python tests/benchmarks/decoding.py --shape=smollm2_135m --quantize=int8
 
 Needs torch and transformers (the `test` extra). Weights are random, so that any length can be asked
 for. Each contender is a process of its own. Prints a table of medians and a JSON line, with the
@@ -101,7 +102,7 @@ class _Ids:
         return ""
 
 
-def ours(folder: str, prompts: np.ndarray):
+def ours(folder: str, prompts: np.ndarray, quantize: str | None):
     """A function of a number of tokens -> those that follow each prompt; and facts."""
     from lm_jax import runtime
 
@@ -116,7 +117,7 @@ def ours(folder: str, prompts: np.ndarray):
     from lm_jax.training.weights import load_for_inference
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    loaded = load_for_inference(folder, mesh, dtype="float32")
+    loaded = load_for_inference(folder, mesh, dtype="float32", quantize=quantize)
     held = sum(x.nbytes for x in jax.tree.leaves(loaded.model))
     generator = Generator(loaded.model, _Ids(loaded.model.config.vocab_size))
 
@@ -169,7 +170,7 @@ def work(name: str, flags: argparse.Namespace) -> None:
     rng = np.random.default_rng(0)
     prompts = rng.integers(1, 64, (flags.rows, flags.prompt)).astype(np.int32)
     if name == "lm_jax":
-        generate, facts = ours(flags.folder, prompts)
+        generate, facts = ours(flags.folder, prompts, flags.quantize)
     else:
         generate, facts = theirs(flags.folder, prompts)
     begun = time.perf_counter()
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="to generate for each")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
+    parser.add_argument("--quantize", choices=["int8"], help="lm_jax's weights alone")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     flags = parser.parse_args()
@@ -234,6 +236,7 @@ def main() -> None:
         "shape": flags.shape,
         "rows": flags.rows,
         "prompt": flags.prompt,
+        "quantize": flags.quantize,
         "cores": os.cpu_count(),
     }
     print(json.dumps(result | {"times": round(times, 3), "share": round(share, 3), "same": same}))
