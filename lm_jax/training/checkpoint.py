@@ -7,6 +7,7 @@ input stream). Arrays are stored whole, whatever the mesh, and restored onto any
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -32,10 +33,23 @@ from lm_jax.training.step import TrainState
 # Replicas of an array save a part of it each, where the parts are at least so large: each shape of
 # a part is a program of its own to compile, which stands in front of a run's first save.
 _LEAST_PART_BYTES = 1 << 20
+# Of what a process restores, what it may have in memory twice: as read, and on its devices.
+_SHARE_READ_AT_A_TIME = 0.2
 
 
-def _array_handler() -> ocp.PyTreeCheckpointHandler:
-    """Writes and reads trees of arrays."""
+def _handlers(gigabytes: float | None = None) -> dict[str, Any]:
+    """What writes and reads each item.
+
+    Args:
+      gigabytes: read at a time, of each; None: orbax's 96.
+    """
+    arrays = _array_handler(gigabytes), _array_handler(gigabytes)
+    return dict(zip(("parameters", "optimizer"), arrays)) | {"data": ocp.JsonCheckpointHandler()}
+
+
+def _array_handler(gigabytes: float | None) -> ocp.PyTreeCheckpointHandler:
+    """Writes and reads trees of arrays: not compressed, as weights hardly get smaller by it, and
+    take longer to read than a disk takes."""
     types = ocp.type_handlers
     arrays = types.ArrayHandler(
         min_slice_bytes_for_replica_parallel=_LEAST_PART_BYTES,
@@ -44,7 +58,10 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
     )
     others = [(t, types.get_type_handler(t)) for t in types.supported_types() if t is not jax.Array]
     registry = types.create_type_handler_registry(*others, (jax.Array, arrays))
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    limit = {} if gigabytes is None else {"restore_concurrent_gb": gigabytes}
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry, use_compression=False, **limit
+    )
 
 
 class Checkpoints:
@@ -71,12 +88,9 @@ class Checkpoints:
             paths.makedirs(self.folder)
         elif not paths.isdir(self.folder):
             raise UserError(f"there is no checkpoint in '{workdir}'")
-        handlers = {
-            "parameters": _array_handler(),
-            "optimizer": _array_handler(),
-            "data": ocp.JsonCheckpointHandler(),
-        }
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, item_handlers=_handlers()
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -162,8 +176,20 @@ class Checkpoints:
         return self._restore(step, parameters=restore)["parameters"]
 
     def _restore(self, step: int, **items: Any) -> Any:
-        with self._readable(step):
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        arrays = jax.tree.leaves([item.item for item in items.values()])
+        here = sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * jax.local_device_count()
+            for x in arrays
+        )
+        # orbax refuses to read more of an array at once, and it may be stored as a whole.
+        largest = max(x.size * x.dtype.itemsize for x in arrays)
+        most = max(_SHARE_READ_AT_A_TIME * here, 2 * largest + 1) / 1e9
+        how = {
+            "options": ocp.CheckpointManagerOptions(read_only=True),
+            "item_handlers": _handlers(most),
+        }
+        with self._readable(step), ocp.CheckpointManager(self.folder, **how) as reader:
+            return reader.restore(step, args=ocp.args.Composite(**items))
 
     @contextlib.contextmanager
     def _readable(self, step: int) -> Iterator[None]:
