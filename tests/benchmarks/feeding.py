@@ -179,9 +179,7 @@ def feeding(folder: pathlib.Path, kind: str, flags: argparse.Namespace) -> dict[
 
     runtime.configure()
     shape = training.SHAPES[flags.shape]
-    config = training.config_of(
-        shape, argparse.Namespace(length=None, rows=None, device="cpu", scan=False)
-    )
+    config = training.config_of(shape, training.ON_CPU)
     tokenizer, data = load_tokenizer(folder / kind), config.data
     made_of = {"text": str(folder / "small.txt"), "tokens": f"tokens:{folder / 'small'}"}
     streams = {

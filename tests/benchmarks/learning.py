@@ -4,6 +4,11 @@ nanoGPT's recipe with all of them.
 
     python tests/benchmarks/learning.py --text=input.txt
 
+    python tests/benchmarks/learning.py --text=input.txt --table=dtypes --steps=500
+
+The second is the same recipe with products of other numbers, which a CPU computes as others: losses
+alone are to be compared.
+
 The parameters, the batches and the seed are the same for all, but for what a row says. Prints a
 table and a JSON line: the loss over the whole validation split after the last step, and the first
 step at which it was seen to be 1.88 or less, which is what nanoGPT publishes for its 2000 steps.
@@ -40,6 +45,16 @@ RUNS: dict[str, tuple[str, dict[str, object]]] = {
     "RMS norm for layer norm (Zhang and Sennrich 2019)": ("cpu_muon", {"model.norm": "rmsnorm"}),
     "half of the steps again": ("cpu_muon", {"training.steps": WHOLE // 4}),
 }
+# What products are of, as above.
+DTYPES: dict[str, tuple[str, dict[str, object]]] = {
+    "float32": ("cpu_muon", {}),
+    "bfloat16": ("cpu_muon", {"model.dtype": "bfloat16"}),
+    "bfloat16, in blocks 8-bit floats": (
+        "cpu_muon",
+        {"model.dtype": "bfloat16", "model.float8": True},
+    ),
+}
+TABLES = {"recipe": RUNS, "dtypes": DTYPES}
 
 
 def run(variant: str, settings: dict[str, object], workdir: str) -> list[tuple[int, float]]:
@@ -61,17 +76,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--text", required=True, help="tinyshakespeare, a file")
+    parser.add_argument("--table", default="recipe", choices=TABLES, help="what is changed")
     parser.add_argument("--steps", type=int, default=WHOLE // 2, help="of runs that name none")
     parser.add_argument("--every", type=int, default=50, help="steps between two validations")
     parser.add_argument("--only", type=int, nargs="*", help="rows of the table, from 0 on")
     parser.add_argument("--set", nargs="*", default=[], help="KEY=VALUE, for each run")
     flags = parser.parse_args()
     common = dict(setting.split("=", 1) for setting in flags.set)
-    names = list(RUNS)
+    table = TABLES[flags.table]
+    names = list(table)
     rows = []
     print(f"{'changed':<51} {'steps':>5} {'loss':>7}  {PUBLISHED} at step", flush=True)
     for index in range(len(names)) if flags.only is None else flags.only:
-        variant, changed = RUNS[names[index]]
+        variant, changed = table[names[index]]
         settings = {
             "data.sources": os.path.abspath(flags.text),
             "training.steps": flags.steps,
@@ -87,6 +104,7 @@ def main() -> None:
         reached = next((step for step, loss in losses if loss <= PUBLISHED), None)
         print(f"{names[index]:<51} {steps:>5} {loss:>7.4f}  {reached or '-'}", flush=True)
         rows.append({"changed": names[index], "steps": steps, "loss": loss, "reached": reached})
+        rows[-1]["losses"] = losses
     print(json.dumps(rows))
 
 

@@ -3,9 +3,17 @@ their sum no step can come that computes them by these libraries.
 
     python tests/benchmarks/products.py --shape=gpt
 
-Needs torch. For CPUs, in float32. Shapes are those of `training.py`; each weight has three products,
-forward, by the activations' gradient and by its own, over all tokens of the batch (a run takes the
-head's in chunks). The libraries take turns. Prints a table of medians and a JSON line.
+Needs torch. For CPUs, in float32. Shapes are those of `training.py`; each weight has three
+products, forward, by the activations' gradient and by its own, over all tokens of the batch (a run
+takes the head's in chunks). The libraries take turns. Prints a table of medians and a JSON line.
+
+Seen on two CPU cores, in milliseconds, beside a whole step of `training.py`:
+
+| shape | products in XLA | in PyTorch | a step of lm_jax |
+|---|---|---|---|
+| nanogpt_cpu | 43 | 23 | 63 |
+| gpt | 1649 | 1358 | 1658 |
+| gpt2_124m_short | 5731 | 5438 | 7788 |
 """
 
 import argparse
@@ -25,8 +33,7 @@ Product = tuple[str, int, int, int]  # how it is written, and M, K, N
 
 def products(shape: str) -> Counter[Product]:
     """Those of a step, [M, K] x [K, N], and how often."""
-    flags = argparse.Namespace(length=None, rows=None, device="cpu", scan=False)
-    config = training.config_of(training.SHAPES[shape], flags)
+    config = training.config_of(training.SHAPES[shape], training.ON_CPU)
     c, tokens = config.model, config.data.batch_size * config.data.length
     inner, mlp = c.heads * c.head_width, 2 if c.gated_mlp else 1
     weights = Counter({(c.width, c.vocab_size): 1})
@@ -64,9 +71,8 @@ def measured(library: str, shape: str):
 
             form = {"x w": "mk,kn->mn", "dy w'": "mk,nk->mn", "x' dy": "km,kn->mn"}[how]
             compiled = jax.jit(lambda a, b, form=form: jnp.einsum(form, a, b))
-            calls.append(
-                lambda a=jnp.asarray(a), b=jnp.asarray(b), f=compiled: f(a, b).block_until_ready()
-            )
+            a, b = jnp.asarray(a), jnp.asarray(b)
+            calls.append(lambda a=a, b=b, f=compiled: f(a, b).block_until_ready())
 
     def take(times: int) -> dict[str, Any]:
         seconds = []
@@ -114,7 +120,7 @@ def main() -> None:
         rates = [2 * m * k * n / medians[name][i] / 1e9 for name in LIBRARIES]
         print(f"{how:<7} {m:>6} {k:>6} {n:>6} {count:>5}  {rates[0]:>8.0f} {rates[1]:>12.0f}")
     counts = np.array(list(found.values()))
-    result: dict[str, Any] = {"shape": flags.shape, "gflop": round(flops / 1e9, 2)}
+    result: dict[str, Any] = {"shape": flags.shape, "gflop": round(flops / 1e9, 6)}
     for name in LIBRARIES:
         result[name] = round(1000 * float(counts @ medians[name]), 2)
         print(f"all of a step by {name}: {result[name]:,.1f} ms")

@@ -196,6 +196,14 @@ def test_decoding_compares_the_same_tokens():
     assert got["same"] == 1.0 and got["times"] > 0 and got["share"] > 0
 
 
+def test_products_are_all_of_a_step():
+    got = result_of("products", "--shape=toy", "--times=1", "--rounds=1")
+    attention, mlp, head = 2 * 32 * 32 + 2 * 32 * 16, 3 * 32 * 128, 32 * 64
+    flops = 6 * 2 * 16 * (2 * (attention + mlp) + head)
+    assert got["gflop"] == pytest.approx(flops / 1e9, abs=1e-6)
+    assert min(got["xla"], got["torch"]) > 0
+
+
 def test_feeding(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"One fish, two fish, red fish, fish {n}.\n" for n in range(200)))

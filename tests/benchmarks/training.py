@@ -3,6 +3,7 @@ side by side in one run.
 
     python tests/benchmarks/training.py --shape=gpt --rounds=5
     python tests/benchmarks/training.py --shape=gpt2_124m --device=cuda
+    python tests/benchmarks/training.py --shape=llama_1b --device=cuda --float8
 
 Needs torch. Each contender is a process of its own that compiles and warms up first; then they take
 turns, `--steps` steps each, so that a machine whose speed drifts is the same for all. (On GPUs one
@@ -94,6 +95,8 @@ SHAPES = {
     ),
 }
 CONTENDERS = ("lm_jax", "eager", "compiled")
+# A shape as it is, for other benchmarks.
+ON_CPU = argparse.Namespace(length=None, rows=None, device="cpu", scan=False, float8=False)
 
 
 def config_of(shape: Shape, flags: argparse.Namespace) -> Config:
@@ -104,6 +107,7 @@ def config_of(shape: Shape, flags: argparse.Namespace) -> Config:
         "max_length": length,
         "dtype": "float32" if flags.device == "cpu" else "bfloat16",
         "scan_layers": flags.scan,
+        "float8": flags.float8,
     }
     return validate(
         Config(
@@ -240,6 +244,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of a turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--scan", action="store_true", help="run the layers by a scan")
+    parser.add_argument("--float8", action="store_true", help="lm_jax's products: model.float8")
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     flags = parser.parse_args()
