@@ -96,8 +96,8 @@ def define_quantize_flag() -> flags.FlagHolder:
         "quantize",
         None,
         ["int8"],
-        "Weights of eight bits and a scale for each output, in a quarter of the memory of float32,"
-        " half of that of bfloat16. Default: the weights as they are.",
+        "Weights of eight bits and a scale for each output, in a quarter of the memory of float32."
+        " Default: the weights as they are.",
     )
 
 

@@ -119,7 +119,7 @@ class ModelConfig:
     dropout: float = 0.0  # on the embedding, each residual branch and the attention weights
     dtype: str = choice("bfloat16", "float32", resumable=True)  # compute; parameters are float32
     # In training, the operands of the blocks' products are 8-bit floats (Micikevicius et al. 2022),
-    # for GPUs that multiply them faster than bfloat16, from Hopper on.
+    # for GPUs that multiply them faster than bfloat16: NVIDIA's from Ada and Hopper on.
     float8: bool = resumable(False)
     # int8: the weights of the embedding, the head and the blocks' products have eight bits and a
     # scale for each output. For what is trained already (--quantize).

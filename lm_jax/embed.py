@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     from lm_jax.generation.embedding import Pooling, embed
     from lm_jax.interop.sentence import read_pooling
     from lm_jax.sharding.mesh import make_mesh
-    from lm_jax.training.weights import load_for_inference
+    from lm_jax.training.inference import load_for_inference
 
     fields = read_pooling(path)
     given = {

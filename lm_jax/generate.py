@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     from lm_jax.generation.decoding import Generator
     from lm_jax.progress import progress
     from lm_jax.sharding.mesh import make_mesh
-    from lm_jax.training.weights import load_for_inference
+    from lm_jax.training.inference import load_for_inference
 
     if TENSOR.value > jax.device_count():
         raise UserError(f"--tensor={TENSOR.value}: this machine has {jax.device_count()} device(s)")

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     from lm_jax.inspection.prompt import check, encode
     from lm_jax.model.parameters import split
     from lm_jax.sharding.mesh import make_mesh
-    from lm_jax.training.weights import load_for_inference
+    from lm_jax.training.inference import load_for_inference
 
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     loaded = load_for_inference(path, mesh, _STEP.value, _DTYPE.value)

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     from lm_jax.serving.scheduler import Scheduler
     from lm_jax.serving.service import Limits, Service
     from lm_jax.sharding.mesh import make_mesh
-    from lm_jax.training.weights import load_for_inference
+    from lm_jax.training.inference import load_for_inference
 
     if _TENSOR.value > jax.device_count():
         raise UserError(

@@ -17,11 +17,13 @@ import transformers
 from lm_jax.config import Config, LoraConfig
 from lm_jax.errors import UserError
 from lm_jax.evaluators.loss import evaluate_model
+from lm_jax.evaluators.models import ModelOptions
 from lm_jax.generation.decoding import Generator
 from lm_jax.generation.sampling import Sampling
+from lm_jax.model import parameters as params_lib
 from lm_jax.training import conversion
+from lm_jax.training.inference import load_for_inference
 from lm_jax.training.loop import train
-from lm_jax.training.weights import load_for_inference
 
 WORDS = ["</s>", *"abcdefghijklmnopqrstuvwxyz .\n!?"]
 
@@ -129,6 +131,25 @@ def test_a_published_folder_is_used_as_it_is(published, corpus):
     assert searched != said
     result = evaluate_model(str(published), sources=(str(corpus),), max_batches=1)
     assert result["step"] is None and 1 < result["loss"] < 10
+
+
+def test_a_published_model_is_used_in_eight_bits(published, corpus):
+    mesh = tiny_models.on_devices((1, 1, 1))
+    whole = params_lib.split(load_for_inference(str(published), mesh).model)
+    found = params_lib.split(load_for_inference(str(published), mesh, quantize="int8").model)
+    few = {name.removesuffix(".values") for name in found if name.endswith(".values")}
+    kinds = {name.rpartition(".")[2] for name in few}
+    assert kinds >= {"embedding", "query", "key", "value", "out", "up", "gate", "down"}
+    for name in set(whole) - few:
+        np.testing.assert_array_equal(found[name], whole[name])
+    steps = np.asarray(found["embedding.scale"])[:, None]
+    far = np.abs(found["embedding.values"] * steps - whole["embedding"])
+    assert (far <= 0.5001 * steps).all() and far.max() > 0
+    sample = {"sources": (str(corpus),), "max_batches": 1}
+    exact = evaluate_model(str(published), **sample)
+    rough = evaluate_model(str(published), ModelOptions(quantize="int8"), **sample)
+    assert rough["loss"] == pytest.approx(exact["loss"], rel=0.02)
+    assert rough["loss"] != exact["loss"]
 
 
 def test_whatever_ends_a_published_models_text_ends_it_here_and_after(published, tmp_path):

@@ -21,8 +21,8 @@ from lm_jax.interop.export import save_pretrained
 from lm_jax.model import parameters as params_lib
 from lm_jax.sharding.mesh import make_mesh
 from lm_jax.training import weights
+from lm_jax.training.inference import load_for_inference
 from lm_jax.training.loop import train
-from lm_jax.training.weights import load_for_inference
 from lm_jax.training.workdir import read_config
 
 SHAPE = {"layers": 2, "width": 32, "heads": 4, "mlp_width": 64, "max_length": 64}

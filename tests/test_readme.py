@@ -25,7 +25,7 @@ from lm_jax.config import Config, MeshConfig, walk
 from lm_jax.data.chat import chat_template_for
 from lm_jax.generation.filling import encode_with_masks
 from lm_jax.sharding.mesh import make_mesh
-from lm_jax.training.weights import load_for_inference
+from lm_jax.training.inference import load_for_inference
 
 README = (commands.ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -133,6 +133,7 @@ class Tokens(Sequence):
         Raises:
           UserError: there are none, not all of them, or they are damaged.
         """
+        folder = os.path.expanduser(folder)
         self.folder = folder.rstrip("/")
         self._local = paths.local_copy(folder)
         self.meta = read_meta(self._local)
@@ -231,7 +232,7 @@ def writing(folder: str, tokenizer: Tokenizer) -> Iterator[Writer]:
         )
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise UserError(f"--output: '{folder}' exists already: name another folder")
-    own = {IDS, ENDS, TOKENIZER, f"{TOKENIZER}.tmp", f"{META}.tmp", _LOCK}
+    own = {IDS, ENDS, TOKENIZER, f"{META}.tmp", _LOCK}
     there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     if META not in there and (strange := there - own):
         raise UserError(

@@ -14,11 +14,12 @@ from lm_jax.data.chat import chat_template_of
 from lm_jax.data.sources import held_out_sources
 from lm_jax.errors import UserError
 from lm_jax.sharding.mesh import make_mesh
-from lm_jax.training.weights import Described, describe, fingerprint
+from lm_jax.training.inference import Described, describe
+from lm_jax.training.weights import fingerprint
 from lm_jax.validation import mistakes_in
 
 # Fields of the model that no prediction depends on.
-_NO_MATTER = ("dropout", "remat", "scan_layers", "attention", "family")
+_NO_MATTER = ("dropout", "float8", "remat", "scan_layers", "attention", "family")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ModelOptions:
     """Of a model, which checkpoint, and how it is computed."""
 
     step: int | None = None  # None: the newest
-    dtype: str | None = None  # see `lm_jax.training.weights.describe`
+    dtype: str | None = None  # see `lm_jax.training.inference.describe`
     quantize: str | None = None  # the same
     batch_size: int | None = None  # rows at a time; None: as the evaluation has it
     fsdp: int = 1  # devices that share the parameters out
@@ -113,6 +114,8 @@ def identity(model: Described) -> dict[str, Any]:
         key: value
         for key, value, field in walk(model.config.model, "model.")
         if field.name not in _NO_MATTER
+        # Not there at all in reports of older versions.
+        and (field.name, value) != ("quantize", "none")
     }
     return {
         "model": model.source.path,

@@ -4,7 +4,7 @@ from jax.sharding import Mesh
 
 from lm_jax.evaluators.models import ModelOptions
 from lm_jax.generation.scoring import Scorer
-from lm_jax.training.weights import Described
+from lm_jax.training.inference import Described
 
 _BATCH_SIZE = 32  # rows at a time; most tasks' texts are short
 

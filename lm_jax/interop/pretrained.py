@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import gc
 import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -75,11 +76,18 @@ def fingerprint(path: str) -> str:
     return open_weights(path).fingerprint()
 
 
-def load_parameters(path: str, config: ModelConfig, mesh: Mesh) -> Parameters:
+def load_parameters(
+    path: str,
+    config: ModelConfig,
+    mesh: Mesh,
+    each: Callable[[str, jax.Array], Parameters] | None = None,
+) -> Parameters:
     """The weights of a folder as float32 parameters, sharded over `mesh`.
 
     Args:
       config: as `read_model_config` gives it; what is not of the weights may differ.
+      each: makes of a parameter, by its name, what is returned in its place, before the next one is
+        read.
 
     Raises:
       UserError: tensors are missing, of another shape or not known, or the mesh does not divide
@@ -93,7 +101,10 @@ def load_parameters(path: str, config: ModelConfig, mesh: Mesh) -> Parameters:
     for weight in folder.family.weights(config):
         x = abstract[weight.ours]
         out[weight.ours] = _load(folder, weight, x.shape, NamedSharding(mesh, x.sharding.spec))
-    return {name: out[name] for name in abstract}
+        if each is not None:
+            with jax.set_mesh(mesh):
+                out |= each(weight.ours, out.pop(weight.ours))
+    return out if each is not None else {name: out[name] for name in abstract}
 
 
 def check(path: str, config: ModelConfig) -> None:

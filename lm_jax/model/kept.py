@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax.model.quantized import QuantizedWeight
+from lm_jax.model.quantized import QuantizedWeight, scale_of
 from lm_jax.sharding.mesh import activation_spec
 
 _FEW = 32  # rows of activations
@@ -109,8 +109,7 @@ def _integer_product(x_MK: jax.Array, weight_OK: jax.Array, outer: str) -> jax.A
     if len(x_MK) > _FEW:
         return _product(x_MK, weight_OK.astype(x_MK.dtype), outer, jnp.float32)
     x_MK = x_MK.astype(jnp.float32)
-    largest_M1 = jnp.max(jnp.abs(x_MK), axis=1, keepdims=True)
-    scale_M1 = jnp.where(largest_M1 > 0, largest_M1 / 127, 1.0)
+    scale_M1 = scale_of(x_MK, (1,))
     nearest_MK = jnp.round(x_MK / scale_M1)
     rest_MK = jnp.round((x_MK / scale_M1 - nearest_MK) * 254)
     parts_AMK = jnp.stack([nearest_MK, rest_MK]).astype(jnp.int8)

@@ -47,7 +47,7 @@ class Layered:
         _, kinds = layer_kinds(model.config)
         self._layers = []
         with jax.set_mesh(place.mesh) if on_mesh else jax.default_device(*place.device_set):
-            self.outer.head = nnx.data(_on_device(_kept_head(model)))
+            self.outer.head = nnx.data(_kept_head(model))
             for layer, kind in enumerate(kinds):
                 block = jax.tree.unflatten(structure, [np.asarray(x)[layer] for x in stacked])
                 leaves, kept = jax.tree.flatten(_on_device(_with_kept(block)))
@@ -55,7 +55,8 @@ class Layered:
                 places = tuple(map([*each].index, map(id, leaves)))
                 self._layers.append(([*each.values()], np.int32(kind)))
         self._run = _program(kept, places)
-        for x in stacked if donate else ():
+        # A tied head's table is the embedding's too.
+        for x in [*stacked, *jax.tree.leaves(model.head)] if donate else ():
             x.delete()
 
     def run_blocks(
@@ -90,13 +91,13 @@ def for_generation(model: Transformer | Layered, donate: bool = False) -> Transf
 def _kept_head(model: Transformer) -> KeptWeight:
     c = model.config
     if model.head is not None:
-        return KeptWeight.of(model.head, 1, c.dtype)
+        return _on_device(KeptWeight.of(model.head, 1, c.dtype))
     table, scale_V = model.embedding, None
     if isinstance(table, QuantizedWeight):
         table_VD, scale_V = table.values.get_value(), table.scale.get_value()
     else:
         table_VD = table.get_value().astype(c.dtype)
-    return KeptWeight(table_VD, table_VD.shape[:1], ("embed", "vocab"), scale_V)
+    return _on_device(KeptWeight(table_VD, table_VD.shape[:1], ("embed", "vocab"), scale_V))
 
 
 def _with_kept(block: Block) -> Block:
@@ -110,7 +111,7 @@ def _with_kept(block: Block) -> Block:
             if (p := getattr(module, name)) is not None
         }
         for names in _TOGETHER:
-            if names[1] in weights and set(names) <= set(weights):
+            if set(names) <= set(weights):
                 weights |= zip(names, merged([weights[name] for name in names]))
         for name, weight in weights.items():
             setattr(module, name, weight)
@@ -124,13 +125,14 @@ def _with_kept(block: Block) -> Block:
 
 
 def _on_device(module: nnx.Module) -> nnx.Module:
-    """What is shared stays shared."""
+    """What is shared stays shared, and what is there already is not copied."""
     done: dict[int, nnx.Param] = {}
 
     def place(p: nnx.Param) -> nnx.Param:
         if id(p) not in done:
-            on_device = jax.device_put(p.get_value(), activation_spec(*p.axes), may_alias=False)
-            done[id(p)] = p.replace(on_device)
+            value, spec = p.get_value(), activation_spec(*p.axes)
+            own = None if isinstance(value, jax.Array) else False
+            done[id(p)] = p.replace(jax.device_put(value, spec, may_alias=own))
         return done[id(p)]
 
     return jax.tree.map(place, module, is_leaf=lambda x: isinstance(x, nnx.Param))

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from lm_jax.config import LoraConfig
-from lm_jax.model import float8 as eight_bits
+from lm_jax.model.float8 import multiplied
 from lm_jax.model.kept import KeptWeight
 from lm_jax.model.parameters import constant, normal, use
 from lm_jax.model.quantized import QuantizedWeight
@@ -98,10 +98,11 @@ def _product(
         out_sharding=parameter_spec(*merged),
     )
     weight_KO = gather(weight_KO, activation_spec(*merged), names_in(rows_of(x)))
-    if not float8:
+
+    def multiply(x: jax.Array, weight_KO: jax.Array) -> jax.Array:
         return product(x, weight_KO, merged, shape[contracted:], *axes, dtype=dtype)
-    operands = eight_bits.operand(x), eight_bits.operand(weight_KO)
-    return eight_bits.result(product(*operands, merged, shape[contracted:], *axes))
+
+    return multiplied(multiply, x, weight_KO) if float8 else multiply(x, weight_KO)
 
 
 def product(

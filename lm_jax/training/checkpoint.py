@@ -177,13 +177,9 @@ class Checkpoints:
 
     def _restore(self, step: int, **items: Any) -> Any:
         arrays = jax.tree.leaves([item.item for item in items.values()])
-        here = sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * jax.local_device_count()
-            for x in arrays
-        )
         # orbax refuses to read more of an array at once, and it may be stored as a whole.
         largest = max(x.size * x.dtype.itemsize for x in arrays)
-        most = max(_SHARE_READ_AT_A_TIME * here, 2 * largest + 1) / 1e9
+        most = max(_SHARE_READ_AT_A_TIME * sum(map(_bytes_here, arrays)), largest + 1) / 1e9
         how = {
             "options": ocp.CheckpointManagerOptions(read_only=True),
             "item_handlers": _handlers(most),
@@ -220,6 +216,12 @@ class Checkpoints:
                 f"the checkpoint of step {step} in '{self.folder}' is of another model:\n  "
                 + "\n  ".join(wrong)
             )
+
+
+def _bytes_here(x: jax.ShapeDtypeStruct) -> int:
+    """Of the parts of an array that this process has, each of them once."""
+    parts = {str(i) for i in x.sharding.addressable_devices_indices_map(x.shape).values()}
+    return len(parts) * math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def stored(parameters: Parameters) -> Parameters:

@@ -23,14 +23,15 @@ from lm_jax.sharding.mesh import make_mesh
 from lm_jax.training import weights
 from lm_jax.training import workdir as workdir_lib
 from lm_jax.training.checkpoint import Checkpoints
+from lm_jax.training.inference import Loaded, load_for_inference
 from lm_jax.training.published import padding_of
-from lm_jax.training.weights import Loaded, Source
+from lm_jax.training.weights import Source
 
 
 def load(path: str, step: int | None = None) -> Loaded:
     """The model at `path` in float32, its parameters shared out over all devices."""
     mesh = _mesh_for(weights.model_of(path))
-    return weights.load_for_inference(path, mesh, step, "float32")
+    return load_for_inference(path, mesh, step, "float32")
 
 
 def _mesh_for(model: ModelConfig) -> jax.sharding.Mesh:

@@ -359,7 +359,7 @@ class _Run:
     def _answer(self, state: TrainState, step: int) -> None:
         if self.answering is None:
             return
-        model = params_lib.bind(self.step.skeleton, state.all_parameters)
+        model = params_lib.bind(self.step.in_use, state.all_parameters)
         with jax.transfer_guard("allow"):
             result = self.answering.evaluate(model, step, self._stop_now)
             if result is None:
@@ -387,7 +387,7 @@ class _Run:
         training = self.config.training
         if not training.sample_tokens or jax.process_count() > 1:
             return
-        model = params_lib.bind(self.step.skeleton, state.all_parameters)
+        model = params_lib.bind(self.step.in_use, state.all_parameters)
         with jax.transfer_guard("allow"):
             text = sample(model, self.tokenizer, training)
         samples = os.path.join(self.workdir, "samples.txt")

@@ -15,6 +15,7 @@ import optax
 
 from lm_jax.config import Config
 from lm_jax.model import parameters as params_lib
+from lm_jax.model.float8 import trained
 from lm_jax.model.head import HEADS_WITHOUT_WORDS
 from lm_jax.model.moe import RouterSums
 from lm_jax.model.parameters import Parameters
@@ -43,6 +44,7 @@ class Step:
     """Everything that is fixed during a run; its methods are what gets jitted."""
 
     skeleton: Transformer  # the module with abstract arrays
+    in_use: Transformer  # the same as it is evaluated and used: see `trained`
     optimizer: optax.GradientTransformation
     rates: Rates = dataclasses.field(compare=False)  # how fast each parameter learns
     schedule: optax.Schedule
@@ -180,7 +182,7 @@ class Step:
           index: the batch's place in the evaluation, int32. Masks depend on it (and on the shape of
             the batch) alone, so that evaluations are of the same masks whatever the run.
         """
-        model = params_lib.bind(self.skeleton, parameters)
+        model = params_lib.bind(self.in_use, parameters)
         if self.masking is not None:
             batch = self.masking(batch, jax.random.fold_in(jax.random.key(0), index))
         if self.masking is not None or model.config.head in HEADS_WITHOUT_WORDS:
@@ -217,6 +219,7 @@ def make_step(config: Config, masking: Masking | None = None) -> Step:
     learning = rates({k: x.shape for k, x in params_lib.split(skeleton).items()}, config)
     return Step(
         skeleton=skeleton,
+        in_use=skeleton_of(trained(config.model)),
         optimizer=scaled(make_optimizer(config.optimizer, training.steps), learning),
         rates=learning,
         schedule=make_schedule(config.optimizer, training.steps),

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import jax
 from jax.sharding import Mesh
@@ -30,8 +30,7 @@ from lm_jax.interop import pretrained
 from lm_jax.model import lora
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.parameters import Parameters
-from lm_jax.model.quantized import quantized
-from lm_jax.model.transformer import Transformer, skeleton_of
+from lm_jax.model.transformer import skeleton_of
 from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
 from lm_jax.training.published import data_of
 from lm_jax.training.workdir import read_config, with_vocabulary
@@ -199,24 +198,32 @@ def _check_order(path: str, theirs: tuple[str, ...], ours: tuple[str, ...]) -> N
         )
 
 
-def load_weights(source: Source, config: ModelConfig, mesh: Mesh) -> Parameters:
+def load_weights(
+    source: Source,
+    config: ModelConfig,
+    mesh: Mesh,
+    each: Callable[[str, jax.Array], Parameters] | None = None,
+) -> Parameters:
     """All parameters, on the mesh; those of a run with adapters are the sums with its base.
 
     Args:
       config: as `model_of` gives it.
+      each: see `pretrained.load_parameters`; a run's are all read before.
 
     Raises:
       UserError: they are damaged or of another model, or those the adapters belong to have gone.
     """
     if source.step is None:
-        return pretrained.load_parameters(source.path, config, mesh)
+        return pretrained.load_parameters(source.path, config, mesh, each)
     adapted = dataclasses.replace(config, lora=read_config(source.path).model.lora)
     parameters = load_saved(source, adapted, mesh)
-    if not adapted.lora.rank:
-        return parameters
-    base = load_weights(pinned(source.path), config, mesh)
     with jax.set_mesh(mesh):
-        return lora.merge(adapted, base | parameters)[1]
+        if adapted.lora.rank:
+            base = load_weights(pinned(source.path), config, mesh)
+            parameters = lora.merge(adapted, base | parameters)[1]
+        for name in list(parameters) if each is not None else ():
+            parameters |= each(name, parameters.pop(name))
+    return parameters
 
 
 def load_start(source: Source, config: ModelConfig, mesh: Mesh) -> Parameters:
@@ -240,73 +247,6 @@ def load_saved(source: Source, config: ModelConfig, mesh: Mesh) -> Parameters:
     abstract = abstract_parameters(skeleton_of(config), mesh)
     with Checkpoints(source.path) as checkpoints:
         return checkpoints.restore_parameters(source.step, abstract, mesh)
-
-
-@dataclasses.dataclass(frozen=True)
-class Described:
-    """All of a model that can be used but its weights; see `describe`."""
-
-    config: Config
-    tokenizer: Tokenizer
-    source: Source
-
-    def load(self, mesh: Mesh) -> "Loaded":
-        """
-        Raises:
-          UserError: the weights are damaged, or do not fit the mesh.
-        """
-        whole = dataclasses.replace(self.config.model, quantize="none")
-        parameters = load_weights(self.source, whole, mesh)
-        with jax.set_mesh(mesh):
-            skeleton = skeleton_of(self.config.model)
-            model = params_lib.bind(skeleton, quantized(skeleton, parameters))
-        return Loaded(model, self.config, self.tokenizer, self.source)
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A model that can be used, with what belongs to it."""
-
-    model: Transformer
-    config: Config
-    tokenizer: Tokenizer
-    source: Source
-
-
-def load_for_inference(
-    path: str,
-    mesh: Mesh,
-    step: int | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-) -> Loaded:
-    """As `describe`, with the weights on `mesh`."""
-    return describe(path, step, dtype, quantize).load(mesh)
-
-
-def describe(
-    path: str, step: int | None = None, dtype: str | None = None, quantize: str | None = None
-) -> Described:
-    """The model of a run, adapters merged, or a published one.
-
-    Args:
-      path: a workdir or a Hugging Face folder.
-      step: of a run, which checkpoint; None: the newest.
-      dtype: to compute in; None: the run's; of a published model, bfloat16 but on CPUs, which are
-        slower at that, float32.
-      quantize: as `model.quantize`; None: not.
-
-    Raises:
-      UserError: there is no such model or checkpoint.
-    """
-    source = find(path, step)
-    config, tokenizer = settings_of(source)
-    if source.step is None:
-        config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    config.model.dtype = dtype or config.model.dtype
-    config.model.quantize, config.model.float8 = quantize or "none", False
-    config.model.attention = "auto"  # whatever the platform that trained it had
-    return Described(config, tokenizer, source)
 
 
 def settings_of(source: Source) -> tuple[Config, Tokenizer]:

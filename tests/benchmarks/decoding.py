@@ -114,7 +114,7 @@ def ours(folder: str, prompts: np.ndarray, quantize: str | None):
     from lm_jax.generation.decoding import Generator
     from lm_jax.generation.sampling import Sampling
     from lm_jax.sharding.mesh import make_mesh
-    from lm_jax.training.weights import load_for_inference
+    from lm_jax.training.inference import load_for_inference
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     loaded = load_for_inference(folder, mesh, dtype="float32", quantize=quantize)

@@ -32,7 +32,7 @@ from lm_jax.config import MeshConfig
 from lm_jax.evaluation.crows_pairs import crows_pairs, read_pairs
 from lm_jax.generation.scoring import Scorer
 from lm_jax.sharding.mesh import make_mesh
-from lm_jax.training.weights import load_for_inference
+from lm_jax.training.inference import load_for_inference
 
 
 def reference(folder: str, *, causal: bool) -> Callable[[str, str], tuple[float, float]]:

@@ -33,8 +33,8 @@ from lm_jax.generation.embedding import Pooling, embed
 from lm_jax.generation.sampling import Sampling
 from lm_jax.interop.sentence import read_pooling
 from lm_jax.sharding.mesh import make_mesh
+from lm_jax.training.inference import Loaded, load_for_inference
 from lm_jax.training.loss import cross_entropy
-from lm_jax.training.weights import Loaded, load_for_inference
 
 ROWS = 4
 

@@ -24,7 +24,7 @@ from lm_jax.evaluation.crows_pairs import (
 )
 from lm_jax.generation.scoring import Scorer
 from lm_jax.sharding.mesh import make_mesh
-from lm_jax.training.weights import load_for_inference
+from lm_jax.training.inference import load_for_inference
 
 HEADER = ",sent_more,sent_less,stereo_antistereo,bias_type,annotations\n"
 FILE = HEADER + (

@@ -19,7 +19,7 @@ from lm_jax.errors import UserError
 from lm_jax.evaluators.application import evaluate_task
 from lm_jax.evaluators.loss import evaluate_model
 from lm_jax.evaluators.models import identity
-from lm_jax.training.weights import describe
+from lm_jax.training.inference import describe
 
 TALKS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 

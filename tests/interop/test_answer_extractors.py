@@ -19,8 +19,9 @@ from lm_jax.errors import UserError
 from lm_jax.evaluation.extractor import extract
 from lm_jax.evaluators.application import evaluate_task
 from lm_jax.training import conversion
+from lm_jax.training.inference import load_for_inference
 from lm_jax.training.loop import train
-from lm_jax.training.weights import load_for_inference, resolved
+from lm_jax.training.weights import resolved
 from lm_jax.validation import validate
 
 CASES = {

@@ -29,9 +29,10 @@ from lm_jax.interop.export import save_pretrained
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.transformer import skeleton_of
 from lm_jax.training import conversion, weights
+from lm_jax.training.inference import Loaded, load_for_inference
 from lm_jax.training.loop import train
 from lm_jax.training.published import padding_of
-from lm_jax.training.weights import Loaded, Source, load_for_inference
+from lm_jax.training.weights import Source
 
 NAMES = ("dull", "fair", "fine")
 ID2LABEL = dict(enumerate(NAMES))

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_models import GPT2, LLAMA, MOE, T, V, build, placed, quick_jit
+from tiny_models import GPT2, LLAMA, LORA, MOE, T, V, build, placed, quick_jit
 
 from lm_jax.errors import UserError
-from lm_jax.model.float8 import multiplies_float8, rounded
+from lm_jax.model.float8 import Rounded, multiplies_float8
 from lm_jax.model.projection import project
 from lm_jax.model_validation import validate_model
 
@@ -36,7 +36,7 @@ def by_numpy(x, dtype):
 @pytest.mark.parametrize("size", [0.0, 1e-6, 1.0, 3e4])
 def test_numbers_are_rounded_to_the_nearest(dtype, size):
     x = (size * np.random.default_rng(0).standard_normal((64, 64))).astype(np.float32)
-    found = np.asarray(rounded(jnp.asarray(x), jnp.dtype(dtype)))
+    found = np.asarray(Rounded.of(jnp.asarray(x), jnp.dtype(dtype)).wide())
     np.testing.assert_array_equal(found, by_numpy(x, dtype))
     assert np.isfinite(found).all()
     assert size == 0 or 0 < np.abs(found - x).max() <= np.abs(x).max() / 8
@@ -84,14 +84,30 @@ def test_it_is_close_to_the_model_and_not_it(config):
 
 
 def test_eight_devices_round_as_one():
-    config = dataclasses.replace(LLAMA, float8=True)
+    """Adapters are not rounded; rows are split, and products recomputed."""
+    config = dataclasses.replace(LORA, dtype="bfloat16", float8=True, remat="dots")
     one = score_and_gradients(build(config))
-    with placed(build(config), (2, 2, 2)) as model:
+    with placed(build(config), (1, 2, 2, 2)) as model:
         eight = score_and_gradients(model)
-    assert eight[0] == pytest.approx(one[0], abs=2e-3)
+    assert eight[0] == pytest.approx(one[0], rel=2e-2)
     a, b = (jax.flatten_util.ravel_pytree(gradients)[0] for gradients in (eight[1], one[1]))
     # A sum in another order is now and then rounded to the next number.
-    assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
+    assert np.linalg.norm(a - b) < 0.2 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_both_passes_convert_both_operands(remat):
+    """Where a product is computed, in whatever loop, XLA is to see what its operands are."""
+    config = dataclasses.replace(LLAMA, dtype="bfloat16", float8=True, remat=remat)
+
+    def loss(model):
+        return jnp.sum(model(jnp.asarray(IDS))[0].astype(jnp.float32))
+
+    found = jax.make_jaxpr(jax.grad(loss))(build(config)).jaxpr.eqns
+    forward, backward = (str(e.params["jaxpr"]) for e in found if e.primitive.name == "scan")
+    # Seven products; two operands of each, and the gradient of its result.
+    assert forward.count("f8_e4m3fn") >= 14 and "f8_e5m2" not in forward
+    assert backward.count("f8_e4m3fn") >= 14 and backward.count("f8_e5m2") >= 7
 
 
 def test_experts_have_none():
@@ -102,7 +118,7 @@ def test_experts_have_none():
 @pytest.mark.parametrize(
     ("platform", "capability", "has"),
     [("gpu", "9.0", True), ("gpu", "8.9", True), ("gpu", "8.0", False), ("gpu", "12.0", True),
-     ("tpu", None, False), ("cpu", None, False)],
+     ("gpu", "gfx942", False), ("tpu", None, False), ("cpu", None, False)],
 )  # fmt: skip
 def test_which_devices_multiply_them(platform, capability, has):
     device = types.SimpleNamespace(platform=platform, compute_capability=capability)

@@ -13,7 +13,7 @@ from lm_jax.errors import UserError
 from lm_jax.generation.reading import advance, read
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.layered import Layered
-from lm_jax.model.quantized import quantized
+from lm_jax.model.quantized import rounder
 from lm_jax.model.transformer import skeleton_of
 from lm_jax.training.weights import resolved
 
@@ -33,9 +33,15 @@ IDS = np.random.default_rng(0).integers(0, V, (8, T), dtype=np.int32)
 
 
 def in_eight_bits(config):
-    copies = jax.tree.map(jnp.copy, params_lib.split(build(config)))
+    return rounded(config, jax.tree.map(jnp.copy, params_lib.split(build(config))))
+
+
+def rounded(config, parameters):
     skeleton = skeleton_of(dataclasses.replace(config, quantize="int8"))
-    return params_lib.bind(skeleton, quantized(skeleton, copies))
+    each, done = rounder(skeleton), {}
+    for name, x in parameters.items():
+        done |= each(name, x)
+    return params_lib.bind(skeleton, done)
 
 
 def meant(config):
@@ -78,22 +84,35 @@ def test_a_quarter_of_the_memory_and_what_is_not_multiplied_as_it_was():
     for name in rounded:
         assert after[f"{name}.values"].dtype == jnp.int8
         assert after[f"{name}.values"].shape == before[name].shape
-        assert after[f"{name}.scale"].size * 4 <= before[name].size
+    held = sum(x.nbytes for name, x in after.items() if name.rpartition(".")[0] in rounded)
+    assert held < 0.4 * sum(before[name].nbytes for name in rounded)  # the model is narrow
     for name in set(before) - rounded:
         np.testing.assert_array_equal(after[name], before[name])
 
 
 def test_a_weight_of_zeros_stays_one():
-    config = dataclasses.replace(GPT2, quantize="int8")
     zeros = jax.tree.map(jnp.zeros_like, params_lib.split(build(GPT2)))
-    model = params_lib.bind(skeleton_of(config), quantized(skeleton_of(config), zeros))
-    np.testing.assert_array_equal(logits(model, IDS), 0)
+    np.testing.assert_array_equal(logits(rounded(GPT2, zeros), IDS), 0)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_blocks_apart_are_the_model(rows):
-    model = in_eight_bits(LLAMA)
-    lengths = np.array([7, 3, 5], np.int32)[:rows]
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_is_no_number_does_not_become_one(apart):
+    parameters = jax.tree.map(jnp.copy, params_lib.split(build(GPT2)))
+    name = "blocks.mlp.up"
+    parameters[name] = parameters[name].at[0, 3, 5].set(jnp.nan)
+    model = rounded(GPT2, parameters)
+    scores, _ = read(Layered(model) if apart else model, IDS[:1, :8], np.array([8], np.int32), 12)
+    assert np.isnan(scores).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "rows"),
+    [(LLAMA, 1), (GPT2, 3), (dataclasses.replace(LLAMA, dtype="bfloat16"), 5)],
+    ids=["one row", "a tied head", "bfloat16, a prompt of more than a few"],
+)
+def test_blocks_apart_are_the_model(config, rows):
+    model = in_eight_bits(config)
+    lengths = np.array([7, 3, 5, 8, 1], np.int32)[:rows]
     found = []
     for form in (model, Layered(model)):
         scores, cache = read(form, IDS[:rows, :8], lengths, 12)
@@ -103,7 +122,8 @@ def test_blocks_apart_are_the_model(rows):
             each.append(scores)
         found.append(np.stack(each))
     # A row of activations loses 1 in 64,000 there; of weights 1 in 254 is lost in both.
-    np.testing.assert_allclose(found[1], found[0], atol=1e-3)
+    close = 1e-3 if config.dtype == "float32" else 0.05
+    np.testing.assert_allclose(found[1], found[0], atol=close)
 
 
 def test_it_does_not_learn():

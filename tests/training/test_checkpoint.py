@@ -7,6 +7,7 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from tiny_models import GPT2, build, on_devices, packed_batch, quick_jit, run_config, shard
 
@@ -113,6 +114,42 @@ def test_parameters_alone_onto_another_mesh(saved):
         parameters = checkpoints.restore_parameters(2, abstract, mesh)
     assert_same(parameters, state.parameters)
     assert all(x.sharding.mesh.shape == mesh.shape for x in parameters.values())
+
+
+def test_one_that_is_compressed_is_read_too(saved, tmp_path, monkeypatch):
+    """As they were until they were not."""
+    _, state, _ = saved
+    handler = ocp.PyTreeCheckpointHandler
+
+    def compressing(**how):
+        return handler(**how | {"use_compression": True})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp, "PyTreeCheckpointHandler", compressing)
+        with Checkpoints(str(tmp_path), KEEP_ALL) as checkpoints:
+            checkpoints.save(2, state, PLACE)
+    axes = (4, 2, 1)
+    with jax.set_mesh(on_devices(axes)), Checkpoints(str(tmp_path)) as checkpoints:
+        restored, _ = checkpoints.restore(2, updater(axes)[1], on_devices(axes))
+    assert_same(restored, state)
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 1), (4, 2, 1)])
+def test_a_part_is_read_at_a_time(saved, monkeypatch, axes):
+    """Of what this process has, however many of its devices have it."""
+    asked, handler = [], ocp.PyTreeCheckpointHandler
+
+    def noted(**how):
+        asked.append(how.get("restore_concurrent_gb"))
+        return handler(**how)
+
+    monkeypatch.setattr(ocp, "PyTreeCheckpointHandler", noted)
+    workdir, state, _ = saved
+    with jax.set_mesh(on_devices(axes)), Checkpoints(workdir) as checkpoints:
+        checkpoints.restore(2, updater(axes)[1], on_devices(axes))
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    limits = [limit for limit in asked if limit]
+    assert limits and limits == pytest.approx([0.2 * size / 1e9] * len(limits), rel=0.01)
 
 
 def test_a_save_outlives_the_arrays_it_was_made_of(tmp_path):
