@@ -12,6 +12,23 @@ alone are to be compared.
 The parameters, the batches and the seed are the same for all, but for what a row says. Prints a
 table and a JSON line: the loss over the whole validation split after the last step, and the first
 step at which it was seen to be 1.88 or less, which is what nanoGPT publishes for its 2000 steps.
+
+Seen on CPUs, in float32:
+
+| changed | steps | loss | 1.88 at step |
+|---|---|---|---|
+| nanoGPT's recipe, all steps | 2000 | 1.9123 | - |
+| nanoGPT's recipe | 1000 | 2.1215 | - |
+| and weights of 1 / sqrt(width) at the start | 1000 | 1.9537 | - |
+| this recipe | 1000 | 1.6606 | 500 |
+| AdamW for Muon | 1000 | 1.7833 | 650 |
+| learned positions for RoPE | 1000 | 1.7102 | 600 |
+| no QK-norm | 1000 | 1.6696 | 500 |
+| weights of 0.02 at the start | 1000 | 1.6594 | 500 |
+| WSD for cosine | 1000 | 1.7035 | 650 |
+| squared ReLU for GELU | 1000 | 1.6697 | 500 |
+| RMS norm for layer norm | 1000 | 1.6617 | 450 |
+| half of the steps again | 500 | 1.7945 | 400 |
 """
 
 import argparse
