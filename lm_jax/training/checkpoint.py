@@ -34,7 +34,7 @@ from lm_jax.training.step import TrainState
 # a part is a program of its own to compile, which stands in front of a run's first save.
 _LEAST_PART_BYTES = 1 << 20
 # Of what a process restores, what it may have in memory twice: as read, and on its devices.
-_SHARE_READ_AT_A_TIME = 0.2
+_SHARE_READ_AT_A_TIME = 0.25
 
 
 def _handlers(gigabytes: float | None = None) -> dict[str, Any]:

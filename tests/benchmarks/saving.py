@@ -9,9 +9,9 @@ end on the disk and of a restore with nothing in the page cache, `dd`'s for the 
 and the most memory that either needs beyond what was held before, as a multiple of the state: a
 restore's own state counts.
 
-Seen on two CPU cores: 542 MB/s saved where `dd` wrote 838, 1203 MB/s restored where it read 1527;
-0.04 s until a step may follow, and 5.2 s more for 4 steps of 5.1 s each. Of memory, a save took no
-more than steps did before it, and a restore 1.34 times the state (with --steps=1).
+Seen on two CPU cores, with --steps=1: 545 MB/s saved where `dd` wrote 881, 1025 MB/s restored where
+it read 1635; 0.09 s until a step may follow, and 4.1 s more for a step of 5.7 s. Of memory, a save
+took no more than steps did before it, and a restore 1.30 times the state.
 """
 
 import argparse
