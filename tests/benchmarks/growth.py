@@ -7,6 +7,29 @@ One thing is changed at a time, from a small GPT in float32. Each row is a proce
 Simulated devices share the cores: with twice as many and the same batch, a step would take as long
 as before, and what it takes beyond that is what sharing the batch out costs. Prints a table and a
 JSON line; times are medians.
+
+Seen on two CPU cores, milliseconds a step and seconds to compile:
+
+| width | 128 | 256 | 512 | 1024 | |
+|---|---|---|---|---|---|
+| | 117, 8.0 | 273, 7.2 | 919, 6.5 | 3630, 7.3 | |
+
+| layers | 2 | 4 | 8 | 16 | 32 |
+|---|---|---|---|---|---|
+| by a scan | 151, 7.0 | 273, 7.2 | 539, 6.6 | 1308, 6.6 | 2148, 5.7 |
+| unrolled | 132, 5.7 | 263, 8.0 | 541, 12.0 | 1078, 23.1 | 4120, 45.2 |
+
+| length | 64 | 128 | 256 | 512 | 1024 |
+|---|---|---|---|---|---|
+| | 151, 6.4 | 273, 7.2 | 579, 7.1 | 1248, 7.1 | 3023, 8.1 |
+
+| rows | 4 | 8 | 16 | 32 | |
+|---|---|---|---|---|---|
+| | 127, 6.3 | 273, 7.2 | 621, 7.9 | 1186, 7.2 | |
+
+| devices | 1 | 2 | 4 | 8 | |
+|---|---|---|---|---|---|
+| | 273, 7.2 | 297, 8.5 | 346, 7.0 | 457, 7.4 | |
 """
 
 import argparse
