@@ -177,7 +177,7 @@ def test_commands_and_code_run(done, checkout):
     assert json.loads((checkout / "pairs.jsonl").read_text())["bias"] == "age"
     assert '"by_category": {"age": {"score": ' in done
     assert '"results": {"capitals": {' in done and '"acc,none": ' in done
-    assert done.count('"bits_per_byte"') == 3
+    assert done.count('"bits_per_byte"') == 4
     assert "plan for v5e:2x2: 4 devices" in done and "of 15.75: fits" in done
     assert "wrote a qwen3 model" in done and "without a tokenizer" not in done
     assert "starts from the weights of runs/published" in done
