@@ -80,7 +80,7 @@ def load_parameters(
     path: str,
     config: ModelConfig,
     mesh: Mesh,
-    each: Callable[[str, jax.Array], Parameters] | None = None,
+    each: Callable[[str, jax.Array], Parameters] = params_lib.unchanged,
 ) -> Parameters:
     """The weights of a folder as float32 parameters, sharded over `mesh`.
 
@@ -100,11 +100,10 @@ def load_parameters(
     out = {}
     for weight in folder.family.weights(config):
         x = abstract[weight.ours]
-        out[weight.ours] = _load(folder, weight, x.shape, NamedSharding(mesh, x.sharding.spec))
-        if each is not None:
-            with jax.set_mesh(mesh):
-                out |= each(weight.ours, out.pop(weight.ours))
-    return out if each is not None else {name: out[name] for name in abstract}
+        whole = _load(folder, weight, x.shape, NamedSharding(mesh, x.sharding.spec))
+        with jax.set_mesh(mesh):
+            out |= each(weight.ours, whole)
+    return out
 
 
 def check(path: str, config: ModelConfig) -> None:

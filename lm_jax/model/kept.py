@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax.model.quantized import QuantizedWeight, scale_of
+from lm_jax.model.quantized import QuantizedWeight, parts, scale_of
 from lm_jax.sharding.mesh import activation_spec
 
 _FEW = 32  # rows of activations
@@ -31,7 +31,6 @@ class KeptWeight(nnx.Module):
         outputs: tuple[int, ...],
         axes: tuple[str, ...],
         scale_O: jax.Array | np.ndarray | None = None,
-        part: tuple[int, int] | None = None,
     ):
         """
         Args:
@@ -39,12 +38,13 @@ class KeptWeight(nnx.Module):
           outputs: what O becomes.
           axes: logical names of the weight's.
           scale_O: float32.
-          part: of a matrix that several share, the rows of this one, from and to.
         """
         rows = axes[len(axes) - len(outputs)], axes[0]
         self.matrix_OK, self.outputs = nnx.Param(matrix_OK, axes=rows), outputs
         self.scale_O = None if scale_O is None else nnx.Param(scale_O, axes=rows[:1])
-        self.axes, self.part = axes, part
+        self.axes = axes
+        # Of a matrix that several share, the rows of this one, from and to: see `merged`.
+        self.part: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, p: nnx.Param | QuantizedWeight, inputs: int, dtype: str) -> "KeptWeight":
@@ -54,12 +54,11 @@ class KeptWeight(nnx.Module):
           inputs: how many of its first axes are contracted.
           dtype: of the activations; cast now, and not for each product.
         """
-        scale_O = None
-        if isinstance(p, QuantizedWeight):
-            weight = np.asarray(p.values.get_value())
-            scale_O = np.asarray(p.scale.get_value()).reshape(-1)
-        else:
-            weight = np.asarray(p.get_value()).astype(dtype, copy=False)
+        values, scale = parts(p)
+        weight = np.asarray(values.get_value())
+        if scale is None:
+            weight = weight.astype(dtype, copy=False)
+        scale_O = None if scale is None else np.asarray(scale.get_value()).reshape(-1)
         outputs = weight.shape[inputs:]
         matrix_OK = np.ascontiguousarray(weight.reshape(-1, math.prod(outputs)).T)
         return cls(matrix_OK, outputs, p.axes, scale_O)

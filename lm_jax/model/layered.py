@@ -21,7 +21,7 @@ from lm_jax.model.attention import layer_kinds
 from lm_jax.model.block import Attention, Block, Context, FeedForward
 from lm_jax.model.cache import Cache, together
 from lm_jax.model.kept import KeptWeight, merged
-from lm_jax.model.quantized import QuantizedWeight
+from lm_jax.model.quantized import parts
 from lm_jax.model.transformer import Transformer
 from lm_jax.sharding.mesh import activation_spec
 
@@ -92,11 +92,10 @@ def _kept_head(model: Transformer) -> KeptWeight:
     c = model.config
     if model.head is not None:
         return _on_device(KeptWeight.of(model.head, 1, c.dtype))
-    table, scale_V = model.embedding, None
-    if isinstance(table, QuantizedWeight):
-        table_VD, scale_V = table.values.get_value(), table.scale.get_value()
-    else:
-        table_VD = table.get_value().astype(c.dtype)
+    table, scale = parts(model.embedding)
+    table_VD, scale_V = table.get_value(), None if scale is None else scale.get_value()
+    if scale_V is None:
+        table_VD = table_VD.astype(c.dtype)
     return _on_device(KeptWeight(table_VD, table_VD.shape[:1], ("embed", "vocab"), scale_V))
 
 
@@ -131,8 +130,8 @@ def _on_device(module: nnx.Module) -> nnx.Module:
     def place(p: nnx.Param) -> nnx.Param:
         if id(p) not in done:
             value, spec = p.get_value(), activation_spec(*p.axes)
-            own = None if isinstance(value, jax.Array) else False
-            done[id(p)] = p.replace(jax.device_put(value, spec, may_alias=own))
+            may_alias = None if isinstance(value, jax.Array) else False
+            done[id(p)] = p.replace(jax.device_put(value, spec, may_alias=may_alias))
         return done[id(p)]
 
     return jax.tree.map(place, module, is_leaf=lambda x: isinstance(x, nnx.Param))

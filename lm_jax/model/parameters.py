@@ -37,6 +37,11 @@ def _leaves(model: nnx.Module) -> dict[str, nnx.Param]:
     return {".".join(str(k.name) for k in path): p for path, p in leaves}
 
 
+def unchanged(name: str, parameter: jax.Array) -> Parameters:
+    """What loading makes of a parameter, if nothing else is asked for."""
+    return {name: parameter}
+
+
 def split(model: nnx.Module) -> Parameters:
     """The parameters of `model` by name."""
     return {name: p.get_value() for name, p in _leaves(model).items()}

@@ -39,6 +39,11 @@ class QuantizedWeight(nnx.Module):
         return (self.values.get_value() * scale).astype(dtype)
 
 
+def parts(p: nnx.Param | QuantizedWeight) -> tuple[nnx.Param, nnx.Param | None]:
+    """A weight's numbers, and the scale that they are to be multiplied by, if there is one."""
+    return (p.values, p.scale) if isinstance(p, QuantizedWeight) else (p, None)
+
+
 def rounded(weight: jax.Array, contracted: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Integers and their scales: see `QuantizedWeight`."""
     scale = scale_of(weight, contracted)

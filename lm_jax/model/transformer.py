@@ -30,7 +30,7 @@ from lm_jax.model.kept import KeptWeight
 from lm_jax.model.moe import RouterSums
 from lm_jax.model.parameters import constant, normal, use
 from lm_jax.model.projection import project
-from lm_jax.model.quantized import QuantizedWeight, take_place
+from lm_jax.model.quantized import parts, take_place
 from lm_jax.model.remat import REMAT_POLICIES
 from lm_jax.model.rope import rope_tables
 from lm_jax.sharding.mesh import (
@@ -270,20 +270,27 @@ class Transformer(nnx.Module):
         return x_BTD if self.config.norm_placement == "post" else self.norm(x_BTD)
 
     def _embed(self, tokens_BT: jax.Array, length: str | None) -> jax.Array:
-        """float32 [B, T, D], split along D as the table is.
+        """float32 [B, T, D], split along D as the table is."""
+        table, scale = parts(self.embedding)
+        found_BTD, rows = self._look_up(table.get_value(), tokens_BT, length)
+        if scale is None:
+            return found_BTD
+        scale_V = reshard(scale.get_value(), activation_spec(None))
+        scale_BT = scale_V.at[reshard(tokens_BT, rows)].get(out_sharding=rows)
+        return found_BTD * scale_BT[:, :, None]
+
+    def _look_up(
+        self, table_VD: jax.Array, tokens_BT: jax.Array, length: str | None
+    ) -> tuple[jax.Array, P | None]:
+        """Rows of a table, split along D as it is, and how their B and T are.
 
         Each device looks up its part of the width for the rows of all devices that share the width
         out. To move what was found is less than to gather the table; but of parts so narrow that
         they would fill a small part of a TPU's vectors only, some are gathered.
         """
-        table, scale_V = self.embedding, None
-        if isinstance(table, QuantizedWeight):
-            table, scale_V = table.values, reshard(table.scale.get_value(), activation_spec(None))
-        table_VD = table.get_value()
         held = parameter_spec("vocab", "embed")
         if held is None:
-            found_BTD = table_VD[tokens_BT]
-            return found_BTD if scale_V is None else found_BTD * scale_V[tokens_BT][:, :, None]
+            return table_VD[tokens_BT], None
         width = names_in(held[1])
         while width and table_VD.shape[1] // axis_size(*width) < _NARROWEST:
             width = width[:-1]
@@ -292,11 +299,8 @@ class Transformer(nnx.Module):
             tuple(name for name in names_in(part) if name not in width) or None
             for part in activation_spec("batch", length)
         ))  # fmt: skip
-        tokens_BT = reshard(tokens_BT, rows)
-        found_BTD = table_VD.at[tokens_BT].get(out_sharding=P(*rows, width or None))
-        if scale_V is None:
-            return found_BTD
-        return found_BTD * scale_V.at[tokens_BT].get(out_sharding=rows)[:, :, None]
+        found = P(*rows, width or None)
+        return table_VD.at[reshard(tokens_BT, rows)].get(out_sharding=found), rows
 
     @property
     def outer(self) -> "Transformer":
@@ -374,9 +378,8 @@ class Transformer(nnx.Module):
         bias = None if self.head_bias is None else use(self.head_bias, "float32")
         if isinstance(self.head, KeptWeight):
             return KeptHead(self.head, bias, c.logits_softcap)
-        weight, scale_V = self.embedding if self.head is None else self.head, None
-        if isinstance(weight, QuantizedWeight):
-            weight, scale_V = weight.values, use(weight.scale, "float32")
+        weight, scale = parts(self.embedding if self.head is None else self.head)
+        scale_V = None if scale is None else use(scale, "float32")
         weight_DV = weight.get_value().T if self.head is None else weight.get_value()
         return Head.of(
             weight_DV, bias, scale_V, dtype=c.dtype, softcap=c.logits_softcap, length=length

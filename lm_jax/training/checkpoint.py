@@ -58,9 +58,8 @@ def _array_handler(gigabytes: float | None) -> ocp.PyTreeCheckpointHandler:
     )
     others = [(t, types.get_type_handler(t)) for t in types.supported_types() if t is not jax.Array]
     registry = types.create_type_handler_registry(*others, (jax.Array, arrays))
-    limit = {} if gigabytes is None else {"restore_concurrent_gb": gigabytes}
     return ocp.PyTreeCheckpointHandler(
-        type_handler_registry=registry, use_compression=False, **limit
+        type_handler_registry=registry, use_compression=False, restore_concurrent_gb=gigabytes
     )
 
 

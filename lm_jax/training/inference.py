@@ -31,8 +31,8 @@ class Described:
         whole = dataclasses.replace(self.config.model, quantize="none")
         with jax.set_mesh(mesh):
             skeleton = skeleton_of(self.config.model)
-        each = rounder(skeleton) if self.config.model.quantize != "none" else None
-        model = params_lib.bind(skeleton, weights.load_weights(self.source, whole, mesh, each))
+        parameters = weights.load_weights(self.source, whole, mesh, rounder(skeleton))
+        model = params_lib.bind(skeleton, parameters)
         return Loaded(model, self.config, self.tokenizer, self.source)
 
 

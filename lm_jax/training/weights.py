@@ -202,7 +202,7 @@ def load_weights(
     source: Source,
     config: ModelConfig,
     mesh: Mesh,
-    each: Callable[[str, jax.Array], Parameters] | None = None,
+    each: Callable[[str, jax.Array], Parameters] = params_lib.unchanged,
 ) -> Parameters:
     """All parameters, on the mesh; those of a run with adapters are the sums with its base.
 
@@ -221,7 +221,7 @@ def load_weights(
         if adapted.lora.rank:
             base = load_weights(pinned(source.path), config, mesh)
             parameters = lora.merge(adapted, base | parameters)[1]
-        for name in list(parameters) if each is not None else ():
+        for name in list(parameters):
             parameters |= each(name, parameters.pop(name))
     return parameters
 
