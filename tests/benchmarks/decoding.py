@@ -14,10 +14,11 @@ Seen on two CPU cores, float32, 64 tokens after 32, with --rounds=3:
 
 | shape | rows | lm_jax, tokens/s | Transformers | times | of the bandwidth |
 |---|---|---|---|---|---|
-| smollm2_135m | 1 | 23.3 | 11.9 | 1.96 | 61% |
-| smollm2_135m | 16 | 119.7 | 77.1 | 1.55 | 17% |
-| gpt2_124m | 1 | 29.2 | 18.6 | 1.57 | 74% |
-| gpt2_124m | 16 | 191.2 | 99.3 | 1.93 | 28% |
+| smollm2_135m | 1 | 16.3 | 10.5 | 1.55 | 76% |
+| smollm2_135m | 16 | 91.1 | 53.7 | 1.70 | 49% |
+| gpt2_124m | 1 | 15.1 | 9.8 | 1.53 | 79% |
+| gpt2_124m | 16 | 106.3 | 37.7 | 2.82 | 36% |
+| smollm2_135m, int8 | 1 | 30.5 | 11.6 | 2.62 | 20% |
 """
 
 import argparse

@@ -7,13 +7,13 @@ Needs torch. For CPUs, in float32. Shapes are those of `training.py`; each weigh
 products, forward, by the activations' gradient and by its own, over all tokens of the batch (a run
 takes the head's in chunks). The libraries take turns. Prints a table of medians and a JSON line.
 
-Seen on two CPU cores, in milliseconds, beside a whole step of `training.py`:
+Seen on two CPU cores, in milliseconds:
 
-| shape | products in XLA | in PyTorch | a step of lm_jax |
-|---|---|---|---|
-| nanogpt_cpu | 43 | 23 | 63 |
-| gpt | 1649 | 1358 | 1658 |
-| gpt2_124m_short | 5731 | 5438 | 7788 |
+| shape | products in XLA | in PyTorch |
+|---|---|---|
+| nanogpt_cpu | 43 | 23 |
+| gpt | 1649 | 1358 |
+| gpt2_124m_short | 5731 | 5438 |
 """
 
 import argparse
