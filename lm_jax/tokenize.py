@@ -6,8 +6,11 @@ python -m lm_jax.tokenize --source=CORPUS --tokenizer=DIR --output=TOKENS
 python -m lm_jax.tokenize --tokenizer=DIR --text='Hello, world!'
 """
 
+import contextlib
 import os
+import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -59,14 +62,24 @@ def main(argv: list[str]) -> None:
         )
     if _OUTPUT.value and not _SOURCE.value:
         raise UserError("--source: name at least one file, folder, glob or data set to read")
-    if _OUTPUT.value and _TOKENIZER.value:
-        _make_tokens(_OUTPUT.value)
-    elif _OUTPUT.value:
-        _train(_OUTPUT.value)
+    if _OUTPUT.value:
+        with _flags_named():
+            (_make_tokens if _TOKENIZER.value else _train)(_OUTPUT.value)
     elif _TEXT.value is None:
         raise UserError("--tokenizer needs --text, which it is to be tried on, or --output")
     else:
         _inspect(_TOKENIZER.value, _TEXT.value)
+
+
+@contextlib.contextmanager
+def _flags_named() -> Iterator[None]:
+    """Calls the fields of `DataConfig` that are flags here by the flags, in messages."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(
+            re.sub(r"\bdata\.(document|text_key|on_error)\b", r"--\1", str(e))
+        ) from None
 
 
 def _corpus(**more: Any) -> DataConfig:

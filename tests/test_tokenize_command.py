@@ -20,6 +20,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def corpus(tmp_path):
     path = tmp_path / "corpus.txt"
     path.write_text("\n".join(TEXT.replace("two", str(n)) for n in range(200)), encoding="utf-8")
+    (tmp_path / "records.jsonl").write_text('{"content": "x"}\n')
     return path
 
 
@@ -72,6 +73,7 @@ def test_tokens_of_a_corpus(corpus, tmp_path):
         (["--output={tmp}/out"], "--source"),
         (["--source={tmp}/nothing.txt", "--output={tmp}/out"], "nothing.txt"),
         (["--source={tmp}/corpus.txt", "--output={tmp}/out"], "tokenizer.vocab_size = 8192"),
+        (["--source={tmp}/records.jsonl", "--output={tmp}/out"], "Set --text_key"),
         (["--source={tmp}/corpus.txt", "--output={tmp}/out", "--vocab_size=0"], "vocab_size"),
         (["--source={tmp}/corpus.txt", "--output={tmp}/corpus.txt"], "exists already"),
         (["--tokenizer={tmp}/nowhere", "--text=x"], "nowhere"),

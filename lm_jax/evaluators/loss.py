@@ -102,6 +102,8 @@ def evaluate_model(
     return {
         "model": source.path,
         "step": source.step,
+        "dtype": config.model.dtype,
+        "quantize": config.model.quantize,
         "sources": asked,
     } | values
 

@@ -48,6 +48,21 @@ def test_a_model_is_apart_on_one_cpu_alone():
         assert for_generation(shared) is shared
 
 
+def test_what_shares_its_activations_is_one_product():
+    apart, programs = Layered(build(LLAMA)), []
+    run = apart._run
+
+    def looked_at(*args):
+        programs.append(run.lower(*args).compile().as_text())
+        return run(*args)
+
+    apart._run = looked_at
+    _, cache = read(apart, np.ones((1, 8), np.int32), np.array([8], np.int32), 12)
+    advance(apart, np.ones(1, np.int32), np.array([8], np.int32), cache)
+    # Those of query, key and value; scores; of them and the values; out; up and gate; down.
+    assert programs[-1].count(" dot(") == 6
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_given_up_for_its_copy_is_gone_and_no_other(tied):
     config = dataclasses.replace(GPT2, tied_head=tied)
