@@ -5,6 +5,8 @@ base.json          whose the adapters are, of a run that trains adapters alone
 tokenizer/         as saved by the tokenizer
 checkpoints/STEP/  parameters, optimizer state, place in the data
 metrics.jsonl      a line for each logged step and each evaluation
+time.jsonl         where the wall time went, over all restarts
+report.html        a page about the run, as lm_jax.report writes it
 predictions/       of a run with a task, its answers at STEP, and their scores
 best/              a run of the checkpoint that the task's first metric found best, on request
 samples.txt        what the model wrote, and when
@@ -30,7 +32,7 @@ from lm_jax.errors import UserError
 TOKEN = "seen_by_all"  # a file that is there while several processes look whether all see it
 # What a run that failed before its first step may leave: such a folder is free.
 _OWN = {"checkpoints", "tokenizer", "tokenizer.tmp", "config.json.tmp", "lock", "lost+found"}
-_OWN |= {"base.json", "base.json.tmp", TOKEN, TOKEN + ".tmp"}
+_OWN |= {"base.json", "base.json.tmp", "time.jsonl", TOKEN, TOKEN + ".tmp"}
 
 
 def read_config(workdir: str) -> Config:
