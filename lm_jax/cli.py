@@ -6,6 +6,7 @@ import difflib
 import inspect
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from ml_collections import config_flags
 
 from lm_jax import rendezvous
 from lm_jax.config import Config, nearest_key, walk
-from lm_jax.errors import UserError
+from lm_jax.errors import AGAIN, WRONG, UserError, ended_by
 
 flags.disclaim_key_flags()  # a flag defined here belongs, in --help, to the entry point that asked
 
@@ -152,7 +153,7 @@ def run(main: Callable[[list[str]], None]) -> None:
                 raise UserError(f"unexpected argument '{argv[1]}': flags are --name=value")
             main(argv)
         except UserError as e:
-            _fail(str(e))
+            _fail(str(e), e.status)
         except RuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 _raise_in_job(e)
@@ -166,7 +167,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         except KeyboardInterrupt:
             sys.stdout.flush()
             print("\ninterrupted", file=sys.stderr, flush=True)
-            os._exit(130)  # not by way of XLA's own end, which crashes in the middle of a step
+            # Not by way of XLA's own end, which crashes in the middle of a step.
+            os._exit(ended_by(signal.SIGINT))
 
     if {"--help", "-help", "-h"} & set(sys.argv[1:]):
         app.usage(shorthelp=True, writeto_stdout=True)  # absl's own --help counts as a failure
@@ -195,12 +197,12 @@ def overridden(flag: flags.FlagHolder) -> set[str]:
     return set(config_flags.get_override_values(flags.FLAGS[flag.name]))
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, status: int = WRONG) -> None:
     if rendezvous.current is not None:
         rendezvous.current.claim()
     print(f"error: {message}", file=sys.stderr, flush=True)
-    _end_job(message)
-    sys.exit(1)
+    _end_job(message, status)
+    sys.exit(status)
 
 
 def _raise_in_job(error: Exception) -> None:
@@ -209,16 +211,17 @@ def _raise_in_job(error: Exception) -> None:
         rendezvous.current.wait_for_the_end()
         rendezvous.current.claim()
         traceback.print_exception(error)
-        _end_job(f"{type(error).__name__}: {error}")
+        status = AGAIN if rendezvous.is_of_the_network(error) else WRONG
+        _end_job(f"{type(error).__name__}: {error}", status)
     raise error
 
 
-def _end_job(message: str) -> None:
+def _end_job(message: str, status: int) -> None:
     """Ends this process and the others, if there are any; jax's own end would wait for them."""
     if rendezvous.current is not None:
-        rendezvous.current.fail(message)
+        rendezvous.current.fail(message, status)
         sys.stdout.flush()
-        os._exit(1)
+        os._exit(status)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -1,9 +1,32 @@
-"""The one exception whose message is meant for the user."""
+"""What goes wrong, and the exit statuses by which launch scripts know what to do about it.
+
+0      done
+1      something is wrong that starting again does not mend: `UserError`, or a defect of lm_jax
+75     what starting again mends: `Interrupted`
+128+N  ended by signal N; a run has saved then, if it had done a step
+"""
+
+WRONG = 1
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
+
+def ended_by(number: int) -> int:
+    """The exit status of a process that a signal ended, as shells have it."""
+    return 128 + number
 
 
 class UserError(Exception):
     """Something the user can mend: the message says what was wrong, where, and what to do.
 
-    Entry points print the message alone and exit with status 1; anything else that is raised is a
+    Entry points print the message alone and exit with `status`; anything else that is raised is a
     defect of lm_jax and keeps its traceback.
     """
+
+    status = WRONG
+
+
+class Interrupted(UserError):
+    """Nothing to mend: another process of the job was lost, say, or a store could not be reached.
+    The same command goes on, and launch scripts give it again."""
+
+    status = AGAIN

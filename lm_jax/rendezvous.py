@@ -10,6 +10,7 @@ not run for that.
 import contextlib
 import json
 import os
+import re
 import selectors
 import socket
 import sys
@@ -17,7 +18,7 @@ import threading
 import time
 
 from lm_jax.cluster import Job
-from lm_jax.errors import UserError
+from lm_jax.errors import AGAIN, WRONG, Interrupted, UserError
 
 _MAGIC = "lm_jax 1"
 _LONGEST = 65_536  # bytes of a message
@@ -69,7 +70,8 @@ def meet(job: Job, seconds: float) -> tuple[str, "Bond"]:
       HOST:PORT for jax's service, a free port of process 0's host; and what holds them together.
 
     Raises:
-      UserError: one did not come in time, or they do not agree on what the job is.
+      Interrupted: one did not come in time.
+      UserError: they do not agree on what the job is.
     """
     return _host(job, seconds) if job.index == 0 else _report(job, seconds)
 
@@ -90,7 +92,7 @@ def _host(job: Job, seconds: float) -> tuple[str, "Bond"]:
         while len(peers) < job.count - 1:
             ready = selector.select(max(0.0, deadline - time.monotonic()))
             if not ready:
-                _end_all(peers, _missing(job, peers, seconds))
+                _end_all(peers, Interrupted(_missing(job, peers, seconds)))
             for key, _ in ready:
                 if key.fileobj is listener:
                     peer = _Peer(listener.accept()[0])
@@ -104,7 +106,7 @@ def _host(job: Job, seconds: float) -> tuple[str, "Bond"]:
                 for hello in messages or ():
                     wrong = _contradiction(job, hello, peers)
                     if wrong:
-                        _end_all(peers | {-1: peer}, wrong)
+                        _end_all(peers | {-1: peer}, UserError(wrong))
                     peers[int(hello["index"])] = peer
     address = f"{host}:{_free_port()}"
     for peer in peers.values():
@@ -136,11 +138,11 @@ def _missing(job: Job, peers: dict[int, _Peer], seconds: float) -> str:
     )
 
 
-def _end_all(peers: dict[int, _Peer], message: str) -> None:
+def _end_all(peers: dict[int, _Peer], error: UserError) -> None:
     for peer in peers.values():
-        peer.send(over=message)
+        peer.send(over=str(error), status=error.status)
         peer.close()
-    raise UserError(message)
+    raise error
 
 
 def _report(job: Job, seconds: float) -> tuple[str, "Bond"]:
@@ -162,10 +164,11 @@ def _report(job: Job, seconds: float) -> tuple[str, "Bond"]:
             return str(messages[0]["go"]), Bond(job, {0: peer})
         peer.close()
         if messages and "over" in messages[0]:
-            raise UserError(str(messages[0]["over"]))
+            kind = Interrupted if messages[0].get("status") == AGAIN else UserError
+            raise kind(str(messages[0]["over"]))
         why = "what answers there is no process 0 of lm_jax, or it gave up"
         time.sleep(min(0.3, max(0.0, deadline - time.monotonic())))
-    raise UserError(
+    raise Interrupted(
         f"several hosts: process {job.index} of {job.count} ({job.origin}) waited {seconds:.0f} s"
         f" for process 0 at {job.address}: {why}; start process 0 on that host, and see that it can"
         " be reached from here"
@@ -195,13 +198,13 @@ class Bond:
         if not self._over.acquire(blocking=False):
             time.sleep(3 * _GRACE)
 
-    def fail(self, message: str) -> None:
-        """Tells the others, which end with this message; the caller, who has made his claim, ends
-        this process."""
+    def fail(self, message: str, status: int, how: str = "failed") -> None:
+        """Tells the others, which end with this message and exit status; the caller, who has made
+        his claim, ends this process."""
         first = message.strip().splitlines()[0] if message.strip() else "unknown"
         me = f"process {self.job.index} of {self.job.count}"
         for peer in self._peers.values():
-            peer.send(over=f"{me} failed: {first}")
+            peer.send(over=f"{me} {how}: {first}", status=status)
         self._let_others_go()
 
     def wait_for_the_end(self) -> None:
@@ -227,10 +230,10 @@ class Bond:
                 for key, _ in selector.select():
                     messages = self._peers[key.data].receive()
                     if messages is None:
-                        self._end(self._gone(key.data))
+                        self._end(self._gone(key.data), AGAIN)
                     for message in messages or ():
                         if "over" in message:
-                            self._end(str(message["over"]))
+                            self._end(str(message["over"]), int(message.get("status", WRONG)))
                         if "bye" in message:
                             selector.unregister(key.fileobj)
 
@@ -240,11 +243,11 @@ class Bond:
             " down)"
         )
 
-    def _end(self, message: str) -> None:
+    def _end(self, message: str, status: int) -> None:
         """Ends this process: jax would wait for the others, or raise where nobody catches it."""
         if not self._over.acquire(blocking=False):  # this process is ending by itself
             time.sleep(3 * _GRACE)
-        advice = "restart all processes"
+        advice = "restart all processes" if status != WRONG else "mend that, and restart all"
         if self.saved is not None:
             advice += (
                 f": the same command goes on from step {self.saved}, or a later one if it is saved"
@@ -253,12 +256,21 @@ class Bond:
         os.write(2, f"{start}error: {message}; {advice}\n".encode())
         if self.job.index == 0:
             for peer in self._peers.values():
-                peer.send(over=message)
+                peer.send(over=message, status=status)
             self._let_others_go()
-        os._exit(1)
+        os._exit(status)
 
 
 current: Bond | None = None  # of this process, once it has joined a job
+# How errors of jax begin, or whose they are, where processes do not reach one another any more.
+_NETWORK = re.compile(
+    r"(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)\b|.*(Gloo|NCCL|coordination service)", re.I
+)
+
+
+def is_of_the_network(error: Exception) -> bool:
+    """Whether jax says that a process of the job could not be reached: no defect, then."""
+    return isinstance(error, RuntimeError) and _NETWORK.match(str(error)) is not None
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -9,6 +9,7 @@ import sys
 import jax
 
 from lm_jax import cluster, host_memory, rendezvous
+from lm_jax.errors import WRONG, UserError
 
 _CACHED_FROM = 0.1  # seconds to compile; jax's own is 1, and a small model's parts take less
 _JOIN_SECONDS = 300  # that the processes of a job wait for one another to start
@@ -28,7 +29,7 @@ def configure(
       coordinator, processes, process: the flags of these names: HOST:PORT, how many, which.
 
     Raises:
-      UserError: what is known of the job is contradictory, or a process of it is missing.
+      UserError: what is known of the job is contradictory; `Interrupted`: a process is missing.
     """
     # Orbax and jax report each step of each save and each backend that is not there; what a reader
     # needs, this package says itself.
@@ -85,8 +86,9 @@ def _leave() -> None:
         bond.leave()
     else:  # printed by now; jax would wait for the others to end
         bond.claim()
-        bond.fail(f"{type(error).__name__}: {error}")
-        os._exit(1)
+        status = error.status if isinstance(error, UserError) else WRONG
+        bond.fail(f"{type(error).__name__}: {error}", status)
+        os._exit(status)
 
 
 def _quiet_without_tpu() -> None:

@@ -8,7 +8,7 @@ import sys
 from absl import flags
 
 from lm_jax import cli
-from lm_jax.errors import UserError
+from lm_jax.errors import UserError, ended_by
 from lm_jax.validation import validate
 
 _CONFIG = cli.define_config_flag()
@@ -32,14 +32,16 @@ def main(argv: list[str]) -> None:
         return
 
     from lm_jax import runtime
+    from lm_jax.training.signals import StopSignal
 
-    runtime.configure(*_JOB())
+    with StopSignal(worth_saving=False):  # until the loop has its own
+        runtime.configure(*_JOB())
 
-    from lm_jax.training.loop import train
+        from lm_jax.training.loop import train
 
-    caught = train(config, _WORKDIR.value, cli.overridden(_CONFIG))
+        caught = train(config, _WORKDIR.value, cli.overridden(_CONFIG))
     if caught:
-        sys.exit(128 + caught)
+        sys.exit(ended_by(caught))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from commands import environment, losses, stored_arrays, tiny, train
 
 from lm_jax import rendezvous
 from lm_jax.cluster import Job
-from lm_jax.errors import UserError
+from lm_jax.errors import AGAIN, Interrupted, UserError, ended_by
 from lm_jax.evaluators.application import evaluate_task
 from lm_jax.evaluators.models import ModelOptions
 from lm_jax.training.checkpoint import Checkpoints
@@ -127,12 +127,20 @@ def test_two_processes_learn_as_one_does(whole, one, flags, tmp_path):
 
 def test_a_process_that_stops_or_dies_ends_both_and_both_go_on(whole, flags, tmp_path):
     workdir = tmp_path / "run"
+    with Processes(flags(workdir)) as processes:  # before there is anything to save
+        while not (workdir / "lock").exists():
+            assert [process.poll() for process in processes] == [None, None]
+            time.sleep(0.01)
+        processes[1].send_signal(signal.SIGTERM)
+        for process in processes:
+            _, err = process.communicate(timeout=60)
+            assert process.returncode == ended_by(signal.SIGTERM) and "SIGTERM" in err, err
     with Processes(flags(workdir)) as processes:
         wait_for(2, workdir, processes)
         processes[1].send_signal(signal.SIGTERM)
         for process in processes:
             _, err = process.communicate(timeout=60)
-            assert process.returncode == 128 + signal.SIGTERM, err
+            assert process.returncode == ended_by(signal.SIGTERM), err
     with Checkpoints(str(workdir)) as checkpoints:
         saved = checkpoints.latest()
     assert saved == max(losses(workdir)) < 12
@@ -141,7 +149,7 @@ def test_a_process_that_stops_or_dies_ends_both_and_both_go_on(whole, flags, tmp
         wait_for(saved + 1, workdir, processes)
         processes[1].kill()
         _, err = processes[0].communicate(timeout=60)
-        assert processes[0].returncode == 1
+        assert processes[0].returncode == AGAIN
     assert err.count("error: ") == 1 and "Traceback" not in err, err
     assert "error: process 1 of 2 is gone" in err
     assert f"the same command goes on from step {saved}" in err
@@ -259,13 +267,15 @@ def test_processes_that_do_not_belong_together_do_not_train(flags, tmp_path):
 
 
 def meet_all(jobs: list[Job], seconds: float = 1.0) -> list[object]:
-    """What each process gets: (address, bond) or the message of its error."""
+    """What each process gets: (address, bond) or the message of its error. It is Interrupted if
+    one did not come, and else what a restart does not mend."""
     got: list[object] = [None] * len(jobs)
 
     def meet(i: int) -> None:
         try:
             got[i] = rendezvous.meet(jobs[i], seconds)
         except UserError as e:
+            assert isinstance(e, Interrupted) == ("waited" in str(e))
             got[i] = str(e)
 
     threads = [threading.Thread(target=meet, args=[i]) for i in range(len(jobs))]
