@@ -300,6 +300,7 @@ class TrainingConfig:
     sample_prompt: str = resumable("")
     # To generate; of a masked model, to hide in the prompt and fill in. 0: no samples.
     sample_tokens: int = resumable(0)
+    hang_after: float = resumable(1800.0)  # seconds in which nothing moves; 0: never
 
 
 @dataclasses.dataclass

@@ -173,6 +173,7 @@ def _checks(config: Config) -> Iterator[Check]:
     above_0 += " optimizer.decay_steps checkpoint.keep_every task.max_tokens task.examples"
     from_0 = "optimizer.clip_norm optimizer.warmup_steps optimizer.weight_decay training.z_loss"
     from_0 += " training.evaluate_every training.sample_every training.sample_tokens"
+    from_0 += " training.hang_after"
     from_0 += " task.every checkpoint.every training.balance_loss training.router_z_loss"
     parts = "optimizer.b1 optimizer.b2 optimizer.muon_momentum training.label_smoothing"
     for key, value, _ in walk(config):

@@ -122,6 +122,8 @@ WRONG = [
     ("training.sample_tokens", {"training__sample_tokens": -1}),
     ("training.sample_prompt", MASKED | {"training__sample_tokens": 3}),
     ("training.z_loss", {"training__z_loss": -0.1}),
+    ("training.hang_after", {"training__hang_after": -1.0}),
+    ("training.hang_after", {"training__hang_after": float("nan")}),
     ("optimizer.name", {"optimizer__name": "sgd"}),
     ("optimizer.learning_rate", {"optimizer__learning_rate": 0.0}),
     ("optimizer.learning_rate", {"optimizer__learning_rate": float("inf")}),

@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 
+import commands
+
 from lm_jax.errors import ended_by
 
 _STUCK = """
@@ -20,7 +22,11 @@ with StopSignal(worth_saving={worth_saving}):
 def started(*, worth_saving: bool) -> subprocess.Popen:
     code = _STUCK.format(worth_saving=worth_saving)
     return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        cwd=commands.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
