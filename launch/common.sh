@@ -147,6 +147,12 @@ require_tool() {
   [ -n "$DRY_RUN" ] || command -v "$1" >/dev/null || fail "$1 is not installed: $2"
 }
 
+# Whether a training that ended with the status $1 is to be started again: lm_jax/errors.py says what
+# they mean. 130 is Ctrl-C, and somebody's will.
+to_be_started_again() {
+  [ "$1" -eq 75 ] || { [ "$1" -gt 128 ] && [ "$1" -ne 130 ]; }
+}
+
 # Sets $WORKDIR and $RECIPE to what training is told.
 read_command() {
   local word before=''

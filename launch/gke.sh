@@ -24,10 +24,11 @@
 #   --cluster=NAME          for the XPK command alone
 #   --dry-run               prints the manifest
 #
-# The cluster needs the JobSet controller (XPK's clusters have it). When a host fails or is preempted,
-# all slices start again, and the same command goes on from the newest checkpoint in --workdir, which
-# is to be a bucket: gs://BUCKET/RUN. A wrong argument is tried again too, until --restarts are used
-# up: a host that lost another one ends with the same status as one that was told something wrong.
+# The cluster needs the JobSet controller (XPK's clusters have it), of version 0.6 or newer. When a
+# host is lost or preempted, or hangs, all slices start again, and the same command goes on from the
+# newest checkpoint in --workdir, which is to be a bucket: gs://BUCKET/RUN. A training that failed
+# (status 1: a wrong argument, say), or that was started three times without coming to the next
+# checkpoint, is not started again.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -113,6 +114,7 @@ json() {
 
 # Pods of large slices come up minutes apart, and images are pulled meanwhile.
 variables='{name: LM_JAX_JOIN_SECONDS, value: "3600"}'
+variables="$variables, {name: LM_JAX_RESTARTED_BY, value: \"JobSet $name\"}"
 for word in ${PASSED[@]+"${PASSED[@]}"}; do
   key=${word%%=*}
   case $key in '' | "$word" | [!A-Za-z_]* | *[!A-Za-z0-9_]*) fail "--env=$word: give --env=NAME=VALUE" ;; esac

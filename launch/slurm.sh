@@ -9,16 +9,17 @@
 #   --time=TIME        limit, such as 24:00:00; default: the partition's
 #   --partition=NAME, --account=NAME, --name=NAME
 #   --grace=SECONDS    before the limit, in which to save; default: 120
-#   --restarts=N       when the time is up before training is done; default: 100
+#   --restarts=N       when training is interrupted, or its time is up; default: 100
 #   --with=FLAG        one more flag for sbatch, such as --with=--qos=low; may be repeated
 #   --dry-run          prints the sbatch command and its script, and installs and submits nothing
 #
 # One process a GPU: jax finds Slurm by itself, and then each process takes the one GPU of its number
 # on the node. All GPUs of a node stay visible to each, so that NCCL can copy between them.
 #
-# A preempted job is put back into the queue by Slurm (--requeue), and one whose time is up puts itself
-# back, at most --restarts times. Training saves on SIGTERM, and the same command goes on from the
-# newest checkpoint. A training that failed is not started again.
+# A preempted job is put back into the queue by Slurm (--requeue), and one whose time is up, that lost
+# a process or that hangs puts itself back, at most --restarts times. Training saves on SIGTERM, and
+# the same command goes on from the newest checkpoint. A training that failed (status 1), or that was
+# started three times without coming to the next checkpoint, is not started again.
 #
 # This folder, --workdir and the text are to lie where all nodes see them; paths in the arguments are
 # seen from where this is called. The log is slurm-JOB.out there. For .venv see launch/environment.sh;
@@ -54,14 +55,17 @@ flags+=("--cpus-per-task=$cpus" --requeue --open-mode=append "--signal=TERM@$gra
 [ ${#PASSED[@]} -eq 0 ] || flags+=("${PASSED[@]}")
 
 # What runs on the first node. The end of one process does not kill the others (--kill-on-bad-exit=0):
-# after SIGTERM they end one by one, and the last may still be saving; if one fails, jax ends them.
+# after SIGTERM they end one by one, and the last may still be saving; if one fails, they end
+# themselves, with its status. srun's is the largest of all.
 script() {
   cat <<SCRIPT
 #!/usr/bin/env bash
+export LM_JAX_RESTARTED_BY="slurm job \$SLURM_JOB_ID"
+$(declare -f to_be_started_again)
 srun --kill-on-bad-exit=0 --cpus-per-task=$cpus $(quoted "$VENV/bin/python" -m lm_jax.train "${COMMAND[@]}")
 status=\$?
-# 143: saved and stopped by SIGTERM, because the time is up. (scancel ends this script as well.)
-if [ \$status -eq 143 ] && [ "\${SLURM_RESTART_COUNT:-0}" -lt $restarts ]; then
+# scancel ends this script as well.
+if to_be_started_again \$status && [ "\${SLURM_RESTART_COUNT:-0}" -lt $restarts ]; then
   scontrol requeue "\$SLURM_JOB_ID"
 fi
 exit \$status

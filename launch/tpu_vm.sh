@@ -20,7 +20,7 @@
 #                      --config.mesh.data is a multiple of N
 #   --with=FLAG        one more flag for the gcloud command that makes it, such as
 #                      --with=--network=NAME; may be repeated
-#   --restarts=N       after preemptions; default: 100
+#   --restarts=N       after preemptions and other interruptions; default: 100
 #   --delete           deletes the TPU in the end; without a command after --, at once
 #   --stop             lets a training save and end, and nothing else
 #                      Both alone need no --type, but --queued if the TPU was made with it.
@@ -28,7 +28,10 @@
 #
 # Training is detached from the ssh session: a lost connection, or Ctrl-C here, does not end it. The
 # same command shows it again. (While nothing here watches, nothing restarts it after a preemption.)
-# A training that failed is not started again, unless the TPU turns out to be gone.
+# A training that was interrupted (a host was lost, or a hang was found) is started again where it
+# was, and so is one that somebody stopped, but with --stop. One that failed (status 1), or that was
+# started three times without coming to the next checkpoint, is not, unless the TPU turns out to be
+# gone.
 #
 # On several hosts --workdir is to be a bucket, gs://BUCKET/RUN, and so it should be wherever the TPU
 # can be preempted: the disks go with it. Other paths are seen from this folder's copy, ~/lm_jax; what
@@ -48,6 +51,7 @@ DRY_RUN=$dry_run
 export COPYFILE_DISABLE=1 # macOS: no files beside the files in an archive
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+self="tpu_vm.sh on $(hostname), process $$"
 POLL=${LM_JAX_POLL:-20} # seconds between looks at a TPU that comes or goes
 STATE=''                # of the TPU, by `look`
 MADE=''                 # the type of the one that is there, if gcloud says so
@@ -257,7 +261,7 @@ install() {
 }
 
 start() {
-  on_hosts "bash lm_jax/launch/worker.sh start $(quoted "${COMMAND[@]}")"
+  on_hosts "LM_JAX_RESTARTED_BY=$(quoted "$self") bash lm_jax/launch/worker.sh start $(quoted "${COMMAND[@]}")"
 }
 
 # Shows what training prints until it ends, or the connection does.
@@ -305,16 +309,25 @@ train() {
         sleep "$POLL"
         ;;
       *lost* | *absent*)
-        outcome=again
+        outcome=again status='that nobody wrote down'
         return
         ;;
       *) break ;;
     esac
   done
-  # Of several hosts, the one that failed first; a host that lost another one ends with 1 as well.
-  code=$(printf '%s\n' "$STATES" | awk '$2 != 0 { print $2; exit }')
-  outcome=${code:-0}
-  [ "$outcome" = 0 ] || still_there || outcome=gone
+  # Of several hosts, one that failed; else one that was interrupted.
+  outcome=0
+  for code in $(printf '%s\n' "$STATES" | awk '$2 != 0 { print $2 }'); do
+    outcome=$code
+    to_be_started_again "$code" || break
+  done
+  status=$outcome
+  [ "$outcome" != 0 ] || return 0
+  case $STATES in
+    *stopped*) ;;
+    *) ! to_be_started_again "$outcome" || outcome=again ;;
+  esac
+  still_there || outcome=gone
 }
 
 trap 'say; say "training, if it has started, goes on without this; the same command shows it again, --stop ends it"; exit 130' INT
@@ -342,7 +355,7 @@ if [ -n "$stop" ]; then
 fi
 [ ${#COMMAND[@]} -gt 0 ] || finish 0
 
-restarted=0 again=''
+restarted=0 again='' status=''
 while :; do
   obtain "$again"
   train
@@ -358,6 +371,9 @@ while :; do
     finish 1
   fi
   restarted=$((restarted + 1))
-  [ "$outcome" = again ] || say "$name is gone (${STATE:-preempted}): made anew, $restarted of at most $restarts times"
+  case $outcome in
+    again) say "training ended with a status $status: started again, $restarted of at most $restarts times" ;;
+    gone) say "$name is gone (${STATE:-preempted}): made anew, $restarted of at most $restarts times" ;;
+  esac
   again=again
 done

@@ -5,9 +5,9 @@
 #   launch/worker.sh start ARGS...   starts python -m lm_jax.train ARGS..., detached from the session
 #   launch/worker.sh follow [LINES]  prints its log (or the last LINES of it, then what comes) until
 #                                    it ends, and ends with its exit status
-#   launch/worker.sh status ARGS...  prints whether it runs: absent, running, ended CODE, lost (it
-#                                    ended without a code, as when the host restarts), or other (it
-#                                    runs, with other arguments than ARGS)
+#   launch/worker.sh status ARGS...  prints whether it runs: absent, running, ended CODE, stopped CODE
+#                                    (by `stop`), lost (it ended without a code, as when the host
+#                                    restarts), or other (it runs, with other arguments than ARGS)
 #   launch/worker.sh stop            sends it SIGTERM, on which it saves, and waits until it ends
 #
 # A session that breaks off, or never comes back, does not end the training.
@@ -16,7 +16,7 @@ set -euo pipefail
 VENV=${VENV:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)/lm_jax-venv}
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-RUN=$(dirname "$ROOT")/lm_jax-run # command, log, process, exit
+RUN=$(dirname "$ROOT")/lm_jax-run # command, log, process, exit, stopped
 POLL=${LM_JAX_POLL:-1}            # seconds
 
 # A process id means nothing after the host has restarted.
@@ -24,10 +24,16 @@ _boot() {
   cat /proc/sys/kernel/random/boot_id 2>/dev/null || echo unknown
 }
 
+_ended() {
+  local how=ended
+  [ ! -e "$RUN/stopped" ] || how=stopped
+  echo "$how $(cat "$RUN/exit")"
+}
+
 _state() {
   local process boot
   if [ -e "$RUN/exit" ]; then
-    echo "ended $(cat "$RUN/exit")"
+    _ended
   elif [ ! -e "$RUN/process" ]; then
     echo absent
   else
@@ -35,7 +41,7 @@ _state() {
     if [ "$boot" = "$(_boot)" ] && kill -0 "$process" 2>/dev/null; then
       echo running
     elif [ -e "$RUN/exit" ]; then # it ended between the two looks
-      echo "ended $(cat "$RUN/exit")"
+      _ended
     else
       echo lost
     fi
@@ -102,13 +108,14 @@ _follow() {
   done
   [ -z "$partial" ] || printf '%s%s\n' "$prefix" "$partial"
   case $(_state) in
-    ended\ *) exit "$(cat "$RUN/exit")" ;;
+    ended\ * | stopped\ *) exit "$(cat "$RUN/exit")" ;;
     *) fail "the training on $(hostname) was cut off" ;;
   esac
 }
 
 _stop() {
   [ "$(_state)" = running ] || return 0
+  touch "$RUN/stopped"
   kill -TERM "$(cat "$RUN/child")"
   while [ "$(_state)" = running ]; do sleep "$POLL"; done
 }

@@ -13,12 +13,15 @@ samples.txt        what the model wrote, and when
 tensorboard/       the same metrics as events
 profile/           traces, on request
 lock               held while the run is being trained
+starts.jsonl       the starts that a launch script made
+hang-PROCESS.txt   where a process stood that hung
 """
 
 import contextlib
 import copy
 import functools
 import os
+import re
 import shutil
 from collections.abc import Iterator
 
@@ -33,6 +36,8 @@ TOKEN = "seen_by_all"  # a file that is there while several processes look wheth
 # What a run that failed before its first step may leave: such a folder is free.
 _OWN = {"checkpoints", "tokenizer", "tokenizer.tmp", "config.json.tmp", "lock", "lost+found"}
 _OWN |= {"base.json", "base.json.tmp", "time.jsonl", TOKEN, TOKEN + ".tmp"}
+_OWN |= {"starts.jsonl", "starts.jsonl.tmp"}
+_HANG = re.compile(r"hang-\d+\.txt(\.tmp)?")
 
 
 def read_config(workdir: str) -> Config:
@@ -67,7 +72,7 @@ def check(workdir: str, config: Config) -> None:
     elif paths.isfile(workdir):
         raise UserError(f"--workdir: '{workdir}' is a file")
     elif paths.isdir(workdir):
-        strange = sorted(set(paths.listdir(workdir)) - _OWN)
+        strange = sorted(n for n in paths.listdir(workdir) if n not in _OWN and not _HANG.match(n))
         if strange:
             raise UserError(
                 f"--workdir: '{workdir}' holds other files ('{strange[0]}'), and no run: name a"

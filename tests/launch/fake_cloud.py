@@ -4,6 +4,7 @@ state             of the TPU; no such file: there is no TPU
 hosts/K/          the home of host K
 calls             what gcloud was called with, a JSON list a line
 trained           a line for each start of training on a host: its arguments
+launchers         the same: who says that it makes this start
 plan              how training goes, one line a start: an exit status, or 'preempted', 'killed',
                   'disconnected', 'slow'; when there are no more lines, it succeeds
 """
@@ -83,6 +84,7 @@ case "$1 $2" in
     shift 2
     cd '{cloud}'
     '{python}' -SIc 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@" >>trained
+    echo "$LM_JAX_RESTARTED_BY" >>launchers
     until mkdir lock 2>/dev/null; do sleep 0.01; done # hosts start at the same time
     how=$(head -n 1 plan 2>/dev/null)
     [ ! -e plan ] || {{ sed 1d plan >plan.new; mv plan.new plan; }}
@@ -131,7 +133,7 @@ class Cloud:
         path.chmod(0o755)
 
     def start(self, script: str, *args: str, **variables: str) -> subprocess.Popen:
-        unset = ("VENV", "LM_JAX_EXTRAS", "PYTHON", "LM_JAX_PREFIX")
+        unset = ("VENV", "LM_JAX_EXTRAS", "PYTHON", "LM_JAX_PREFIX", "LM_JAX_RESTARTED_BY")
         env = {k: v for k, v in os.environ.items() if k not in unset} | {
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "PYTHON": str(self.folder / "bin" / "python"),
@@ -158,6 +160,10 @@ class Cloud:
     def trained(self) -> list[list[str]]:
         """The arguments of each start of training."""
         return self._lines("trained")
+
+    def launchers(self) -> list[str]:
+        """Who says that it makes a start, of each start of training."""
+        return (self.folder / "launchers").read_text().splitlines()
 
     def calls(self, *verbs: str) -> list[list[str]]:
         """What gcloud was called with, 'compute tpus' left out."""

@@ -7,6 +7,9 @@ import pytest
 import yaml
 from fake_cloud import Cloud
 
+from lm_jax.errors import WRONG
+from lm_jax.training.starts import VARIABLE
+
 RUN = ["--config=configs/gpt2.py", "--workdir=gs://bucket/run"]
 ODD = ['--x=it\'s "so" \\n {{NAME}} $HOME: # & *', "--y=a\nb\tc", "--z="]
 
@@ -54,6 +57,19 @@ def test_a_slice_has_a_pod_for_each_host(cloud, kind, options, accelerator, topo
     (container,) = pod["containers"]
     resources = container["resources"]
     assert resources["requests"] == resources["limits"] == {"google.com/tpu": chips}
+
+
+def test_what_failed_is_final_and_all_else_starts_again(cloud):
+    jobset, slices, pod = manifest(cloud)
+    (rule,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    (of_pods,) = slices["template"]["spec"]["podFailurePolicy"]["rules"]
+    (container,) = pod["containers"]
+    assert of_pods["action"] == "FailJob" and pod["restartPolicy"] == "Never"
+    codes = of_pods["onExitCodes"]
+    assert codes == {"containerName": container["name"], "operator": "In", "values": [WRONG]}
+    variables = {v["name"]: v["value"] for v in container["env"]}
+    assert variables[VARIABLE] == "JobSet mine"
 
 
 def test_arguments_reach_the_container_as_they_are(cloud):

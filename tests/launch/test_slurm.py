@@ -54,13 +54,27 @@ def test_the_job_trains_with_arguments_as_they_are_given(cloud):
 
 
 @pytest.mark.parametrize(
-    "status, restarts, requeued", [("143", 0, True), ("143", 3, False), ("1", 0, False)]
+    "status, restarts, requeued",
+    [
+        *(("143", 0, True), ("143", 3, False), ("75", 2, True), ("137", 0, True)),
+        *(("1", 0, False), ("130", 0, False)),
+    ],
 )
-def test_only_a_run_whose_time_is_up_is_put_back(cloud, status, restarts, requeued):
+def test_a_run_that_failed_is_not_put_back_and_one_that_was_interrupted_is(
+    cloud, status, restarts, requeued
+):
     submit(cloud, "--restarts=3")
     cloud.plan(status)
     code, out = run_job(cloud, restarts)
     assert code == int(status) and ("scontrol requeue 7" in out) == requeued
+
+
+def test_training_knows_which_job_starts_it_so_that_it_ends_without_progress(cloud):
+    submit(cloud)
+    cloud.plan("75", "143", "75", "1")  # as training ends when it refuses
+    ended = [run_job(cloud, restarts) for restarts in range(4)]
+    assert ["scontrol requeue 7" in out for _, out in ended] == [True, True, True, False]
+    assert cloud.launchers() == ["slurm job 7"] * 4
 
 
 def test_a_dry_run_prints_what_would_be_submitted(cloud):

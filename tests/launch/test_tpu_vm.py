@@ -4,7 +4,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 
 import commands
 import pytest
@@ -96,12 +95,35 @@ def test_preemptions_are_followed_only_so_often(cloud):
 
 
 @pytest.mark.parametrize("options", [[], ["--spot"]])
-@pytest.mark.parametrize("status", ["1", "137"])
-def test_a_training_that_failed_is_not_tried_again(cloud, options, status):
-    cloud.plan(status)
+def test_a_training_that_failed_is_not_tried_again(cloud, options):
+    cloud.plan(status := "1")
     code, _, err = cloud.run("tpu_vm.sh", *tpu(*options, "--delete"), "--", *RUN)
     assert code == int(status) and f"ended with status {status}" in err
     assert len(cloud.trained()) == 1 == len(cloud.calls("delete"))
+
+
+def test_an_interrupted_training_starts_again_on_the_same_tpu(cloud):
+    cloud.plan("75", "143", "137", "0")
+    code, _, err = cloud.run("tpu_vm.sh", *tpu(), "--", *RUN)
+    assert code == 0 and "status 75: started again, 1 of at most 100 times" in err, err
+    assert len(cloud.calls("create")) == 1 and cloud.trained() == [RUN] * 4
+
+
+def test_training_knows_who_starts_it_so_that_it_ends_without_progress(cloud):
+    cloud.plan("75", "75", "75", "1")  # as training ends when it refuses
+    code, _, err = cloud.run("tpu_vm.sh", *tpu(), "--", *RUN)
+    assert code == 1 and "ended with status 1" in err
+    first = cloud.launchers()
+    assert len(first) == 4 and len(set(first)) == 1 and "tpu_vm.sh on here" in first[0]
+    assert cloud.run("tpu_vm.sh", *tpu(), "--", *RUN)[0] == 0
+    assert cloud.launchers()[4] not in first
+
+
+def test_interruptions_are_followed_only_so_often(cloud):
+    cloud.plan("75", "75")
+    code, _, err = cloud.run("tpu_vm.sh", *tpu("--restarts=1"), "--", *RUN)
+    assert code == 1 and "--restarts=1 allows no more" in err
+    assert len(cloud.trained()) == 2
 
 
 def test_a_host_that_restarted_trains_again_on_the_same_tpu(cloud):
@@ -150,9 +172,10 @@ def test_several_hosts_all_train_and_say_who_they_are(tmp_path):
         assert {"--worker=all", "--batch-size=all"} <= set(call)
 
 
-def test_one_host_that_fails_fails_all(tmp_path):
+@pytest.mark.parametrize("statuses", [("0", "3"), ("75", "3"), ("3", "75")])
+def test_one_host_that_fails_fails_all(tmp_path, statuses):
     cloud = Cloud(tmp_path, hosts=2)
-    cloud.plan("0", "3")
+    cloud.plan(*statuses)
     assert cloud.run("tpu_vm.sh", *tpu(kind="v5p-16"), "--", *RUN)[0] == 3
 
 
@@ -268,7 +291,7 @@ def test_a_dry_run_prints_commands_that_a_shell_reads_back_and_runs_none(cloud):
     verbs = [line[4] for line in lines if line[0] == "gcloud"]
     assert verbs == ["create", "describe", "ssh", "scp", *["ssh"] * 4, "delete"]
     (start,) = (w[-1] for w in lines if "worker.sh start" in w[-1])
-    assert shlex.split(start.removeprefix("--command=")) == [
+    assert shlex.split(start.removeprefix("--command="))[1:] == [
         *("bash", "lm_jax/launch/worker.sh", "start", *RUN, *ODD[:2])
     ]
 
@@ -306,19 +329,17 @@ def test_what_training_wrote_is_there_when_the_same_command_goes_on(cloud, workd
 
 
 def test_a_signal_to_all_processes_of_a_host_is_trainings_to_answer(cloud):
-    """As when the machine is shut down: the status that is written down is training's own."""
-    cloud.plan("slow")
+    """As when the machine is shut down: the status that is written down is training's own. Nobody
+    asked for a stop, so that it goes on."""
+    cloud.plan("slow", "0")
     process = cloud.start("tpu_vm.sh", *tpu(), "--", *RUN)
     assert process.stdout.readline() == "step 1\n"
     run = cloud.folder / "hosts" / "0" / "lm_jax-run"
     for name in ("process", "child"):
         os.kill(int((run / name).read_text().split()[0]), signal.SIGTERM)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 143 and out == "saved\n"
-    deadline = time.monotonic() + 10
-    while not (run / "exit").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert (run / "exit").read_text() == "143\n"
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and out == "saved\nstep 1\ndone\n"
+    assert "status 143: started again" in err and len(cloud.trained()) == 2
 
 
 # Pip and uv of a host whose own Python is 3.10.
