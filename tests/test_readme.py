@@ -265,6 +265,8 @@ def test_workdir_holds_what_it_says(done, checkout):
         "base.json",
         "best/",
         "predictions/",
+        "starts.jsonl",
+        "hang-0.txt",
     }:
         assert (run / name).exists(), name
     assert (checkout / "runs" / "adapted" / "base.json").exists()
