@@ -102,28 +102,17 @@ def test_a_training_that_failed_is_not_tried_again(cloud, options):
     assert len(cloud.trained()) == 1 == len(cloud.calls("delete"))
 
 
-def test_an_interrupted_training_starts_again_on_the_same_tpu(cloud):
-    cloud.plan("75", "143", "137", "0")
-    code, _, err = cloud.run("tpu_vm.sh", *tpu(), "--", *RUN)
-    assert code == 0 and "status 75: started again, 1 of at most 100 times" in err, err
-    assert len(cloud.calls("create")) == 1 and cloud.trained() == [RUN] * 4
-
-
-def test_training_knows_who_starts_it_so_that_it_ends_without_progress(cloud):
-    cloud.plan("75", "75", "75", "1")  # as training ends when it refuses
+def test_an_interrupted_training_starts_again_on_the_same_tpu_until_it_says_1(cloud):
+    """It knows who starts it, and so it can say that when it makes no progress."""
+    cloud.plan("75", "143", "1")
     code, _, err = cloud.run("tpu_vm.sh", *tpu(), "--", *RUN)
     assert code == 1 and "ended with status 1" in err
-    first = cloud.launchers()
-    assert len(first) == 4 and len(set(first)) == 1 and "tpu_vm.sh on here" in first[0]
+    assert "status 75: started again, 1 of at most 100 times" in err and "status 143" in err
+    assert len(cloud.calls("create")) == 1 and cloud.trained() == [RUN] * 3
+    (launcher,) = set(cloud.launchers())
+    assert "tpu_vm.sh on here" in launcher
     assert cloud.run("tpu_vm.sh", *tpu(), "--", *RUN)[0] == 0
-    assert cloud.launchers()[4] not in first
-
-
-def test_interruptions_are_followed_only_so_often(cloud):
-    cloud.plan("75", "75")
-    code, _, err = cloud.run("tpu_vm.sh", *tpu("--restarts=1"), "--", *RUN)
-    assert code == 1 and "--restarts=1 allows no more" in err
-    assert len(cloud.trained()) == 2
+    assert len(set(cloud.launchers())) == 2  # a person gave the command again
 
 
 def test_a_host_that_restarted_trains_again_on_the_same_tpu(cloud):
@@ -172,7 +161,7 @@ def test_several_hosts_all_train_and_say_who_they_are(tmp_path):
         assert {"--worker=all", "--batch-size=all"} <= set(call)
 
 
-@pytest.mark.parametrize("statuses", [("0", "3"), ("75", "3"), ("3", "75")])
+@pytest.mark.parametrize("statuses", [("0", "3"), ("75", "3")])
 def test_one_host_that_fails_fails_all(tmp_path, statuses):
     cloud = Cloud(tmp_path, hosts=2)
     cloud.plan(*statuses)
