@@ -343,3 +343,18 @@ def test_two_processes_of_one_number_are_named():
     address = free_address()
     got = meet_all([Job(address, 3, i, "test") for i in (0, 1, 1)], seconds=20)
     assert any("two processes say that they are process 1" in message for message in got)
+
+
+@pytest.mark.parametrize(
+    "said, is_one",
+    [
+        ("UNKNOWN: [0] Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:3301", True),
+        ("UNAVAILABLE: failed to connect to all addresses", True),
+        ("INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited", True),
+        ("INVALID_ARGUMENT: Mismatch of shapes", False),
+        ("RESOURCE_EXHAUSTED: Out of memory", False),
+    ],
+)
+def test_an_error_of_the_network_between_processes_is_no_defect(said, is_one):
+    assert rendezvous.is_of_the_network(RuntimeError(said)) == is_one
+    assert not rendezvous.is_of_the_network(ValueError(said))

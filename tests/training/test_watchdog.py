@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -40,9 +41,13 @@ def wait_for_input():
     sys.stdin.read()
 
 if __name__ == "__main__":
+    from lm_jax import cluster, rendezvous
     from lm_jax.training.watchdog import Watchdog
 
-    workdir, limit, work = sys.argv[1:]
+    workdir, limit, work, *address = sys.argv[1:]
+    if address:  # of the other process of the job
+        job = cluster.Job(address[0], 2, 1, "test")
+        rendezvous.current = rendezvous.meet(job, 100)[1]
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
     args = ready, work != "wait_for_input"
@@ -55,11 +60,19 @@ if __name__ == "__main__":
 """
 
 
-def started(folder: pathlib.Path, limit: float, work: str) -> subprocess.Popen:
+_OTHER = """
+import sys, time
+from lm_jax import cluster, rendezvous
+rendezvous.meet(cluster.Job(sys.argv[1], 2, 0, "test"), 100)
+time.sleep(1000)
+"""
+
+
+def started(folder: pathlib.Path, limit: float, *args: str) -> subprocess.Popen:
     program = folder / "program.py"
     program.write_text(_PROGRAM)
     return subprocess.Popen(
-        [sys.executable, str(program), str(folder), str(limit), work],
+        [sys.executable, str(program), str(folder), str(limit), *args],
         env=os.environ | {"PYTHONPATH": str(commands.ROOT)},
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -91,6 +104,22 @@ def test_a_hang_is_told_with_the_stacks_of_all_processes_and_slow_work_is_waited
 
     _, err = endless.communicate(timeout=100)
     assert endless.returncode == AGAIN and err.count("slow: ") == PATIENCE, err
+
+
+def test_a_hang_ends_all_processes_of_a_job_and_each_says_whose_it_was(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    stuck = started(tmp_path, 0.3, "stuck_on_a_lock", address)
+    other = subprocess.Popen(
+        [sys.executable, "-c", _OTHER, address],
+        cwd=commands.ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for process in (stuck, other):
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == AGAIN, err
+        assert err.count("error: ") == 1 and "process 3 hangs: save of step 12" in err, err
 
 
 def test_no_thread_is_left_and_none_is_there_without_a_limit(tmp_path):
