@@ -152,6 +152,17 @@ def write_whole(path: str, text: str) -> None:
     os.replace(path + ".tmp", path)
 
 
+def move(path: str, target: str) -> None:
+    """Moves a folder to where there may be others: then to a name with a number behind it."""
+    free = (target, *(f"{target}-{n}" for n in range(2, 1000)))
+    target = next(name for name in free if not exists(name))
+    if remote(path):
+        with _bucket(path) as (fs, inner):
+            return fs.mv(inner, target.partition("://")[2], recursive=True)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    os.rename(path, target)
+
+
 def append(path: str, text: str) -> None:
     """Adds to a file, which is made if it is not there."""
     if remote(path):

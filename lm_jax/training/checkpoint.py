@@ -1,24 +1,27 @@
-"""Checkpoints: asynchronous and atomic, through orbax; parameters, optimizer and place in the data.
+"""Checkpoints: asynchronous, atomic and with sums by which damage is found, through orbax.
 
-A checkpoint is a folder of three items: 'parameters' (a flat dict by name; of a model with adapters
-the adapters alone), 'optimizer' (with the step) and 'data' (JSON: the state of each lane of the
-input stream). Arrays are stored whole, whatever the mesh, and restored onto any other.
+A checkpoint is a folder of four items: 'parameters' (a flat dict by name; of a model with adapters
+the adapters alone), 'optimizer' (with the step), 'data' (JSON: the state of each lane of the input
+stream, and what else a run goes on with) and 'sums' (JSON: by which the others are known again, see
+`lm_jax.training.checksums`). Arrays are stored whole, whatever the mesh, and restored onto any
+other. Older checkpoints have no sums, and of the data the lanes alone.
+
+What a save does to the others: it removes those that are not to be kept, once it is there itself.
+One that fails does nothing.
 """
 
 import contextlib
-import json
-import math
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from orbax.checkpoint._src.metadata import array_metadata_store  # it has no public name
+from jax.sharding import Mesh
 
 from lm_jax import paths
 from lm_jax.config import CheckpointConfig
@@ -28,76 +31,65 @@ from lm_jax.model.lora import is_adapter
 from lm_jax.model.parameters import Parameters
 from lm_jax.model.transformer import Transformer, skeleton_of
 from lm_jax.sharding.mesh import check_parameters
+from lm_jax.training import storage, together
+from lm_jax.training.checksums import differing, item_sums, json_sum
 from lm_jax.training.step import TrainState
 
-# Replicas of an array save a part of it each, where the parts are at least so large: each shape of
-# a part is a program of its own to compile, which stands in front of a run's first save.
-_LEAST_PART_BYTES = 1 << 20
-# Of what a process restores, what it may have in memory twice: as read, and on its devices.
-_SHARE_READ_AT_A_TIME = 0.25
+DAMAGED = "damaged"  # the folder of a workdir where a run puts what it could not read
+# What orbax, tensorstore and the system raise where a store does not take or give what it should.
+_STORE = (OSError, ValueError, RuntimeError)
+Place = dict[str, Any]  # 'lanes': the state of each by its number; and whatever else is to be kept
 
 
-def _handlers(gigabytes: float | None = None) -> dict[str, Any]:
-    """What writes and reads each item.
-
-    Args:
-      gigabytes: read at a time, of each; None: orbax's 96.
-    """
-    arrays = _array_handler(gigabytes), _array_handler(gigabytes)
-    return dict(zip(("parameters", "optimizer"), arrays)) | {"data": ocp.JsonCheckpointHandler()}
+class Damaged(UserError):
+    """A checkpoint that is not what was saved."""
 
 
-def _array_handler(gigabytes: float | None) -> ocp.PyTreeCheckpointHandler:
-    """Writes and reads trees of arrays: not compressed, as weights hardly get smaller by it, and
-    take longer to read than a disk takes."""
-    types = ocp.type_handlers
-    arrays = types.ArrayHandler(
-        min_slice_bytes_for_replica_parallel=_LEAST_PART_BYTES,
-        # As orbax's own has it: each process notes what it wrote, and the first compares the notes.
-        array_metadata_store=array_metadata_store.Store(),
-    )
-    others = [(t, types.get_type_handler(t)) for t in types.supported_types() if t is not jax.Array]
-    registry = types.create_type_handler_registry(*others, (jax.Array, arrays))
-    return ocp.PyTreeCheckpointHandler(
-        type_handler_registry=registry, use_compression=False, restore_concurrent_gb=gigabytes
-    )
+class Unsaved(UserError):
+    """A checkpoint that could not be saved. Those before it are there as they were."""
 
 
 class Checkpoints:
     """The checkpoints of one workdir. Use as a context: leaving it waits for the last save."""
 
     def __init__(self, workdir: str, config: CheckpointConfig | None = None):
-        """Opens them for reading, or for writing as well if `config` is given."""
+        """Opens them for reading, or for writing as well if `config` is given.
+
+        Raises:
+          UserError: there are none to read, or the folder cannot be one of checkpoints.
+        """
         if paths.remote(workdir) and not workdir.startswith("gs://"):
             raise UserError(
                 f"'{workdir}': checkpoints lie on a disk or in a bucket of Google's (gs://): copy"
                 " them there, or name another workdir"
             )
         self.folder = os.path.join(paths.absolute(workdir), "checkpoints")
-        options = (
-            ocp.CheckpointManagerOptions(read_only=True)
-            if config is None
-            else ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep,
-                keep_period=config.keep_every,
-                cleanup_tmp_directories=True,  # what a killed save left
-            )
-        )
-        if config is not None:
-            paths.makedirs(self.folder)
-        elif not paths.isdir(self.folder):
+        self._config = config
+        self._begun: int | None = None  # the step whose save may not be finished
+        if config is None and not paths.isdir(self.folder):
             raise UserError(f"there is no checkpoint in '{workdir}'")
-        self._manager = ocp.CheckpointManager(
-            self.folder, options=options, item_handlers=_handlers()
-        )
+        self._open()
+
+    def _open(self) -> None:
+        if self._config is None:
+            self._manager = storage.reader(self.folder)
+            return
+        paths.makedirs(self.folder)
+        self._manager = storage.writer(self.folder, self._config.keep, self._config.keep_every)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.close()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            with contextlib.suppress(*_STORE) if kind or self._begun else contextlib.nullcontext():
+                self._manager.close()
 
     def steps(self) -> list[int]:
+        """Those that are whole, the oldest first, and one that is being saved."""
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
@@ -117,45 +109,130 @@ class Checkpoints:
             raise UserError(f"no checkpoint of step {step} in '{self.folder}'; there are {there}")
         return steps[-1] if step is None else step
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
-        """Starts a save; returns when the device's arrays may be overwritten."""
+    def save(self, step: int, state: TrainState, place: Place) -> None:
+        """Starts a save; returns when the device's arrays may be overwritten.
+
+        Args:
+          place: fit for JSON; of several processes, each gives its own lanes, and all else alike.
+
+        Raises:
+          Unsaved: this one, or the one before; on all processes alike, where it can be known.
+        """
         rest = {"step": state.step, "state": state.optimizer}
-        with jax.transfer_guard("allow"):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    parameters=ocp.args.PyTreeSave(stored(state.all_parameters)),
-                    optimizer=ocp.args.PyTreeSave(rest),
-                    data=ocp.args.JsonSave(_gather(data)),
-                ),
-            )
+        data = {"lanes": {}} | place
+        data["lanes"] = {k: v for lanes in together.of_all(data["lanes"]) for k, v in lanes.items()}
+        self._save(step, stored(state.all_parameters), rest, data)
 
     def save_parameters(self, step: int, parameters: Parameters) -> None:
-        """Saves a model to start from or to use, and nothing to go on with."""
-        args = ocp.args.Composite(parameters=ocp.args.PyTreeSave(parameters))
-        self._manager.save(step, args=args, force=True)  # else none before the newest is saved
+        """Saves a model to start from or to use, and nothing to go on with; returns when it is
+        there.
+
+        Raises:
+          Unsaved: it could not be.
+        """
+        self._save(step, parameters, None, None)
+        self.wait()
+
+    def _save(self, step: int, parameters: Parameters, optimizer: Any, data: Any) -> None:
+        failed = self._failure_before()
+        arrays = {"parameters": parameters} | ({} if optimizer is None else {"optimizer": optimizer})
+        size = sum(x.nbytes for x in jax.tree.leaves(arrays))
+        vanished, obstacle = together.said_by_first(self._obstacle(size))
+        if vanished:
+            self._reopen()
+        if obstacle:
+            raise Unsaved("\n".join(filter(None, [failed, _unsaved(step, obstacle)])))
+        with jax.transfer_guard("allow"):
+            sums, strange = item_sums(arrays)
+            if strange:
+                some = ", ".join(strange[:3]) + (" and others" if strange[3:] else "")
+                raise Unsaved(_unsaved(step, f"not every number in it is finite: {some}"))
+            items = {name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items()}
+            if data is not None:
+                items["data"], sums["data"] = ocp.args.JsonSave(data), json_sum(data)
+            items["sums"] = ocp.args.JsonSave(sums)
+            self._begun = step
+            try:
+                # Else none before the newest is saved.
+                self._manager.save(step, args=ocp.args.Composite(**items), force=data is None)
+            except _STORE as e:
+                self._reopen()
+                failed = "\n".join(filter(None, [failed, _unsaved(step, _said(e))]))
+        if failed:
+            raise Unsaved(failed)
 
     def delete(self, step: int) -> None:
         self._manager.delete(step)
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Returns when what was begun is saved.
+
+        Raises:
+          Unsaved: it could not be.
+        """
+        if failed := self._failure_before():
+            raise Unsaved(failed)
+
+    def _failure_before(self) -> str:
+        """Waits for the save that was begun; why some process could not do its part of it, or ''."""
+        if self._begun is None:
+            return ""
+        why = ""
+        try:
+            self._manager.wait_until_finished()
+        except _STORE as e:
+            why = _said(e)
+        why, step = next(filter(None, together.of_all(why)), ""), self._begun
+        if not why:
+            self._begun = None
+            return ""
+        self._reopen()
+        return _unsaved(step, why)
+
+    def _reopen(self) -> None:
+        """After a failure: what was left half is removed, and what is there is looked up again."""
+        self._begun = None
+        with contextlib.suppress(*_STORE):
+            self._manager.close()
+        with contextlib.suppress(*_STORE):  # it is tried again with the next save
+            self._open()
+
+    def _obstacle(self, size: int) -> tuple[bool, str]:
+        """Whether the folder had vanished, and was made anew; and why nothing can be saved, as far
+        as that is seen before, '' if nothing is in the way."""
+        if paths.remote(self.folder) or jax.process_index():
+            return False, ""
+        vanished = not os.path.isdir(self.folder)
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                file.write(b"is there room?")
+            free = shutil.disk_usage(self.folder).free
+        except OSError as e:
+            return vanished, e.strerror or str(e)
+        if free < size:
+            return vanished, f"it has {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
+        return vanished, ""
 
     def restore(
         self, step: int, abstract: TrainState, mesh: Mesh, base: Parameters | None = None
-    ) -> tuple[TrainState, dict]:
+    ) -> tuple[TrainState, Place]:
         """The state saved at `step`, sharded as `abstract` is, and the place in the data.
 
         Args:
           base: of a model with adapters, the parameters that are not saved with them.
+
+        Raises:
+          Damaged: it is not what was saved.
+          UserError: it is of another model.
         """
         wanted = stored(abstract.all_parameters)
         self._check(step, wanted)
         rest = {"step": abstract.step, "state": abstract.optimizer}
         got = self._restore(
             step,
-            parameters=_restored_onto(wanted, mesh),
-            optimizer=_restored_onto(rest, mesh),
+            parameters=storage.onto(wanted, mesh),
+            optimizer=storage.onto(rest, mesh),
             data=ocp.args.JsonRestore(),
         )
         optimizer, whole = got["optimizer"], (base or {}) | got["parameters"]
@@ -165,45 +242,94 @@ class Checkpoints:
             optimizer=optimizer["state"],
             frozen={name: whole[name] for name in abstract.frozen},
         )
-        return state, got["data"]
+        return state, got["data"] if "lanes" in got["data"] else {"lanes": got["data"]}
+
+    def restore_newest(
+        self, abstract: TrainState, mesh: Mesh, base: Parameters | None = None
+    ) -> tuple[int, TrainState, Place] | None:
+        """As `restore`, of the newest that is as it was saved; None if there is none at all.
+
+        That newer ones are damaged is said, and they are moved to WORKDIR/damaged, as the run will
+        come to their steps again.
+
+        Raises:
+          UserError: all of them are damaged.
+        """
+        wrong: dict[int, str] = {}
+        for step in reversed(together.said_by_first(self.steps())):
+            found, why = None, ""
+            try:
+                found = self.restore(step, abstract, mesh, base)
+            except UserError as e:
+                why = str(e)
+            why = next(filter(None, together.of_all(why)), "")
+            if not why:
+                self._put_aside(wrong, step)
+                return step, *found
+            wrong[step] = why
+        if not wrong:
+            return None
+        raise UserError("\n".join([*wrong.values(), "there is no other to go on from"]))
+
+    def _put_aside(self, wrong: dict[int, str], instead: int) -> None:
+        if not wrong:
+            return
+        target = os.path.join(os.path.dirname(self.folder), DAMAGED)
+        if jax.process_index() == 0:
+            lines = [*wrong.values(), f"what is damaged is moved to '{target}'"]
+            for line in [*lines, f"the run goes on from step {instead}, the newest that is intact"]:
+                print(f"warning: {line}", file=sys.stderr, flush=True)
+            for step in wrong:
+                paths.move(os.path.join(self.folder, str(step)), os.path.join(target, str(step)))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("lm_jax: damaged checkpoints are put aside")
+        self._manager.reload()
 
     def restore_parameters(self, step: int, abstract: Parameters, mesh: Mesh) -> Parameters:
-        """The parameters saved at `step`: of a model with adapters the adapters alone."""
+        """The parameters saved at `step`: of a model with adapters the adapters alone.
+
+        Raises:
+          Damaged: they are not what was saved.
+          UserError: they are of another model.
+        """
         abstract = stored(abstract)
         self._check(step, abstract)
-        restore = _restored_onto(abstract, mesh)
+        restore = storage.onto(abstract, mesh)
         return self._restore(step, parameters=restore)["parameters"]
 
     def _restore(self, step: int, **items: Any) -> Any:
-        arrays = jax.tree.leaves([item.item for item in items.values()])
-        # orbax refuses to read more of an array at once, and it may be stored as a whole.
-        largest = max(x.size * x.dtype.itemsize for x in arrays)
-        most = max(_SHARE_READ_AT_A_TIME * sum(map(_bytes_here, arrays)), largest + 1) / 1e9
-        how = {
-            "options": ocp.CheckpointManagerOptions(read_only=True),
-            "item_handlers": _handlers(most),
-        }
-        with self._readable(step), ocp.CheckpointManager(self.folder, **how) as reader:
-            return reader.restore(step, args=ocp.args.Composite(**items))
+        """The items, each of them as its sums say that it was."""
+        trees = [item.item for name, item in items.items() if name in storage.ARRAYS]
+        if paths.isdir(os.path.join(self.folder, str(step), "sums")):
+            items["sums"] = ocp.args.JsonRestore()
+        with self._readable(step):
+            with storage.reader(self.folder, jax.tree.leaves(trees)) as reader:
+                got = reader.restore(step, args=ocp.args.Composite(**items))
+            got = {name: got[name] for name in items}
+            with jax.transfer_guard("allow"):
+                wrong = differing(got, got.pop("sums", None))
+            if wrong:
+                raise ValueError(f"{wrong} is not what was saved")
+        return got
 
     @contextlib.contextmanager
     def _readable(self, step: int) -> Iterator[None]:
         """Says which checkpoint it is that cannot be read."""
         try:
             yield
-        except (ValueError, KeyError, OSError, RuntimeError) as e:
-            said = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            raise UserError(
-                f"the checkpoint of step {step} in '{self.folder}' cannot be restored: it is"
-                f" damaged, or of another optimizer ({said[:200]}); use another step, or remove"
-                " that folder to go on from the one before"
+        except UserError:
+            raise
+        except Exception as e:  # where bytes are wrong, anything may go wrong in who reads them
+            raise Damaged(
+                f"the checkpoint of step {step} in '{self.folder}' is damaged, or of another"
+                f" optimizer ({_said(e)})"
             ) from None
 
     def _check(self, step: int, expected: Parameters) -> None:
         """Raises UserError naming each parameter that is missing, unknown or of another shape."""
         with self._readable(step):
             found = self._manager.item_metadata(step)["parameters"]
-        found = {k: tuple(v.shape) for k, v in getattr(found, "tree", found).items()}
+            found = {k: tuple(v.shape) for k, v in getattr(found, "tree", found).items()}
         wrong = [
             f"{name}: expected {expected[name].shape if name in expected else 'nothing'},"
             f" found {found.get(name, 'nothing')}"
@@ -217,40 +343,18 @@ class Checkpoints:
             )
 
 
-def _bytes_here(x: jax.ShapeDtypeStruct) -> int:
-    """Of the parts of an array that this process has, each of them once."""
-    parts = {str(i) for i in x.sharding.addressable_devices_indices_map(x.shape).values()}
-    return len(parts) * math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+def _unsaved(step: int, why: str) -> str:
+    return f"the checkpoint of step {step} could not be saved: {why}"
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error, or what it is called."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def stored(parameters: Parameters) -> Parameters:
     """What a checkpoint holds of a model's parameters: the adapters, if it has some, else all."""
     return {name: x for name, x in parameters.items() if is_adapter(name)} or parameters
-
-
-def _restored_onto(abstract: Any, mesh: Mesh) -> ocp.args.PyTreeRestore:
-    """How orbax is to restore abstract arrays."""
-
-    def onto(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = P() if x.sharding is None else x.sharding.spec  # None: a constant, such as a count
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-    placed = jax.tree.map(onto, abstract)
-    how = ocp.checkpoint_utils.construct_restore_args(placed)
-    return ocp.args.PyTreeRestore(placed, restore_args=how)
-
-
-def _gather(states: dict[str, Any]) -> dict[str, Any]:
-    """The lanes of all processes in one dict."""
-    if jax.process_count() == 1:
-        return states
-    mine = np.frombuffer(json.dumps(states).encode(), np.uint8)
-    size = int(multihost_utils.process_allgather(np.array(mine.size)).max())
-    parts = multihost_utils.process_allgather(np.pad(mine, (0, size - mine.size)))
-    merged: dict[str, Any] = {}
-    for part in np.asarray(parts):
-        merged |= json.loads(bytes(part).rstrip(b"\0"))
-    return merged
 
 
 def abstract_parameters(skeleton: Transformer, mesh: Mesh) -> Parameters:

@@ -21,7 +21,7 @@ SMALL = dataclasses.replace(GPT2, init_std=0.05)
 MESHES = [(1, 1, 1), (4, 2, 1), (2, 2, 2)]
 CONFIG = run_config(SMALL, optimizer={"warmup_steps": 3, "learning_rate": 0.003})
 KEEP_ALL = CheckpointConfig(keep=99)
-PLACE = {"0": {"next": 17, "rest": [1, 2]}, "1": None}
+PLACE = {"lanes": {"0": {"next": 17, "rest": [1, 2]}, "1": None}, "skipped": 3}
 
 
 @functools.cache
@@ -100,7 +100,7 @@ def test_each_process_notes_what_it_wrote_and_none_of_it_is_needed(saved, tmp_pa
 def test_from_any_mesh_onto_another(tmp_path, axes):
     state = fresh(axes)
     with Checkpoints(str(tmp_path), KEEP_ALL) as checkpoints:
-        checkpoints.save(0, state, {})
+        checkpoints.save(0, state, {"lanes": {}})
         checkpoints.wait()
         restored, _ = checkpoints.restore(0, updater((2, 2, 2))[1], on_devices((2, 2, 2)))
     assert_same(restored, state)
@@ -157,7 +157,7 @@ def test_a_save_outlives_the_arrays_it_was_made_of(tmp_path):
     state = fresh((1, 1, 1))
     want = jax.tree.map(np.array, state)
     with Checkpoints(str(tmp_path), KEEP_ALL) as checkpoints:
-        checkpoints.save(0, state, {})
+        checkpoints.save(0, state, {"lanes": {}})
         for x in jax.tree.leaves(state):
             x.delete()
         checkpoints.wait()
@@ -170,7 +170,7 @@ def test_the_newest_are_kept_and_each_multiple(tmp_path):
     with Checkpoints(str(tmp_path), CheckpointConfig(keep=2, keep_every=4)) as checkpoints:
         assert checkpoints.latest() is None
         for step in range(1, 8):
-            checkpoints.save(step, tiny, {})
+            checkpoints.save(step, tiny, {"lanes": {}})
         checkpoints.wait()
         assert checkpoints.steps() == [4, 6, 7]
         assert checkpoints.latest() == 7
@@ -195,14 +195,14 @@ def test_choosing_a_step(saved, tmp_path):
 def test_what_a_killed_save_left_is_no_checkpoint(tmp_path):
     tiny = TrainState(np.int32(0), {"weight": np.ones(3, np.float32)}, {}, ())
     with Checkpoints(str(tmp_path), KEEP_ALL) as checkpoints:
-        checkpoints.save(1, tiny, {})
+        checkpoints.save(1, tiny, {"lanes": {}})
     left = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
     (left / "parameters.orbax-checkpoint-tmp").mkdir(parents=True)
     with Checkpoints(str(tmp_path)) as checkpoints:
         assert checkpoints.steps() == [1] and checkpoints.latest() == 1
     assert left.exists()  # one who reads removes nothing: it may be a save under way
     with Checkpoints(str(tmp_path), KEEP_ALL) as checkpoints:
-        checkpoints.save(3, tiny, {})
+        checkpoints.save(3, tiny, {"lanes": {}})
         checkpoints.wait()
         assert not left.exists()  # removed in the background, before the first save at the latest
         assert checkpoints.steps() == [1, 3]
