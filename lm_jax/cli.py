@@ -15,7 +15,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from lm_jax import rendezvous
-from lm_jax.config import Config, nearest_key, walk
+from lm_jax.config import Config
+from lm_jax.config_keys import nearest_key, walk
 from lm_jax.errors import AGAIN, WRONG, UserError, ended_by
 
 flags.disclaim_key_flags()  # a flag defined here belongs, in --help, to the entry point that asked

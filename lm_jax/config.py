@@ -6,11 +6,7 @@ This file imports nothing heavy, so that `--help` stays fast.
 """
 
 import dataclasses
-import difflib
 import math
-import types
-import typing
-from collections.abc import Iterator
 from typing import Any
 
 from lm_jax.applications import APPLICATIONS
@@ -322,6 +318,20 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass
+class FaultsConfig:
+    """What a run does when something is wrong with its numbers."""
+
+    # A step whose loss or gradient is no number changes nothing; so many in a row end the run.
+    skips: int = resumable(10)
+    # A loss that is so many standard deviations above the mean of the last ones takes the run back
+    # to a checkpoint, from which it goes on with the text behind that loss (PaLM, Chowdhery et al.
+    # 2022, section 5.1). 0: none does.
+    spike: float = resumable(0.0)
+    spike_window: int = resumable(128)  # how many last losses
+    rewinds: int = resumable(8)  # so many times; the next such loss ends the run
+
+
+@dataclasses.dataclass
 class LoggingConfig:
     every: int = resumable(10)  # steps
     tensorboard: bool = resumable(True)
@@ -341,51 +351,8 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     # A workdir or a Hugging Face folder: this run starts from its weights and has its tokenizer and
     # the shape of its model, whatever the recipe says of them.
     init_from: str = ""
-
-
-def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
-    """Yields (dotted key, value, field) for every leaf of a config."""
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from walk(value, f"{prefix}{f.name}.")
-        else:
-            yield f"{prefix}{f.name}", value, f
-
-
-def nearest_key(key: str) -> str | None:
-    """The config key that `key` was most likely meant to be."""
-    keys = [k for k, _, _ in walk(Config())]
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if close:
-        return close[0]
-    # A right name in a wrong section: 'model.learning_rate' means 'optimizer.learning_rate'.
-    leaf = difflib.get_close_matches(
-        key.rpartition(".")[2], [k.rpartition(".")[2] for k in keys], n=1, cutoff=0.75
-    )
-    return next((k for k in keys if leaf and k.rpartition(".")[2] == leaf[0]), None)
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's annotated type."""
-    if isinstance(kind, types.UnionType):
-        return any(fits(value, k) for k in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(fits(v, typing.get_args(kind)[0]) for v in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """Lines 'key: old -> new' for each field that must not change when a run is resumed."""
-    before = {k: v for k, v, _ in walk(old)}
-    return [
-        f"{k}: {before[k]!r} -> {v!r}"
-        for k, v, f in walk(new)
-        if before[k] != v and not f.metadata.get("resumable")
-    ]

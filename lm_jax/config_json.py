@@ -4,7 +4,8 @@ import dataclasses
 import json
 from typing import Any
 
-from lm_jax.config import Config, fits, nearest_key
+from lm_jax.config import Config
+from lm_jax.config_keys import fits, nearest_key
 from lm_jax.errors import UserError
 
 _RENAMED = {"data.label_token": "pooling"}  # as older runs have it -> as it is called now

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from lm_jax.config import ModelConfig, fits, walk
+from lm_jax.config import ModelConfig
+from lm_jax.config_keys import fits, walk
 from lm_jax.errors import UserError
 
 Check = tuple[bool, str, str]  # (holds, key, what to do)

@@ -4,6 +4,7 @@ Trains a model from text, or goes on where the run in DIR stopped.
 """
 
 import sys
+import time
 
 from absl import flags
 
@@ -11,6 +12,7 @@ from lm_jax import cli
 from lm_jax.errors import UserError, ended_by
 from lm_jax.validation import validate
 
+_BEGAN = time.time()
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's folder: made if it is not there, gone on with if it is."
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> None:
 
         from lm_jax.training.loop import train
 
-        caught = train(config, _WORKDIR.value, cli.overridden(_CONFIG))
+        caught = train(config, _WORKDIR.value, cli.overridden(_CONFIG), _BEGAN)
     if caught:
         sys.exit(ended_by(caught))
 

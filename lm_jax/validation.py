@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator
 
-from lm_jax.config import LEAST_MASKED_LENGTH, Config, walk
+from lm_jax.config import LEAST_MASKED_LENGTH, Config
+from lm_jax.config_keys import walk
 from lm_jax.errors import UserError
 from lm_jax.example_validation import example_checks, task_checks
 from lm_jax.model_validation import Check, derive_model, mistakes, model_checks
@@ -137,6 +138,9 @@ def _checks(config: Config) -> Iterator[Check]:
         "data.validation_fraction",
         f"must be above 0 and at most 0.5, not {data.validation_fraction}",
     )
+    for key, least in (("skips", 1), ("spike", 0), ("spike_window", 1), ("rewinds", 0)):
+        n = getattr(config.faults, key)
+        yield n >= least, f"faults.{key}", f"must be at least {least}, not {n}"
     yield training.seed >= 0, "training.seed", f"must be at least 0, not {training.seed}"
     yield (
         training.evaluate_batches is None or training.evaluate_batches > 0,

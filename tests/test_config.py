@@ -9,8 +9,9 @@ import typing
 import pytest
 
 import lm_jax
-from lm_jax.config import Config, differences, nearest_key, walk
+from lm_jax.config import Config
 from lm_jax.config_json import from_json, to_json
+from lm_jax.config_keys import differences, nearest_key, walk
 from lm_jax.errors import UserError
 from lm_jax.model.activations import ACTIVATIONS
 from lm_jax.model.remat import REMAT_POLICIES
@@ -242,7 +243,16 @@ def test_what_the_model_has_learned_may_not_be_changed_on_resuming():
     """Said the other way round, by hand: these name how a run computes, reports, or how long."""
     free = {key for key, _, field in walk(Config()) if field.metadata.get("resumable")}
     sections = {key.partition(".")[0] for key in free}
-    assert sections == {"model", "data", "task", "training", "mesh", "checkpoint", "logging"}
+    assert sections == {
+        "model",
+        "data",
+        "task",
+        "training",
+        "mesh",
+        "checkpoint",
+        "faults",
+        "logging",
+    }
     assert {key for key in free if key.startswith("model.")} == {
         f"model.{name}" for name in ("dtype", "float8", "remat", "scan_layers", "attention")
     }

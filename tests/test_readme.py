@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from tiny_models import logits
 
-from lm_jax.config import Config, MeshConfig, walk
+from lm_jax.config import Config, MeshConfig
+from lm_jax.config_keys import walk
 from lm_jax.data.chat import chat_template_for
 from lm_jax.generation.filling import encode_with_masks
 from lm_jax.sharding.mesh import make_mesh

@@ -66,7 +66,7 @@ ORDER += ["serving", "entry"]
 BASE = {"lm_jax"} | {
     f"lm_jax.{name}"
     for name in (
-        *("config", "config_json", "errors", "cli", "runtime", "host_memory"),
+        *("config", "config_keys", "config_json", "errors", "cli", "runtime", "host_memory"),
         *("model_validation", "example_validation", "validation"),
         *("applications", "cluster", "rendezvous", "paths", "progress", "template"),
     )

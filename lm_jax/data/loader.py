@@ -99,7 +99,8 @@ class CropLanes:
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, seed: int):
         self.config, self.seed = config, seed
-        self.text = FlatText(documents(config, "train"), tokenizer, config)
+        self.sources = [documents(config, "train")]
+        self.text = FlatText(self.sources[0], tokenizer, config)
         if self.text.targets < config.length:
             raise UserError(
                 f"data.length: the training text has {len(self.text.tokens)} tokens, and packing"
@@ -143,7 +144,12 @@ class Stream(Iterator[Batch]):
         *,
         alone: bool,
     ):
-        """`maker(lane)` opens a lane: an iterator of rows with get_state and set_state."""
+        """
+        Args:
+          maker: opens a lane, by its number: an iterator of rows with get_state and set_state. Its
+            `sources` are sequences of documents.
+        """
+        self.sources = maker.sources
         self._maker, self._config, self._pad_id = maker, config, pad_id
         self._lanes, self._workers, self._alone = lanes, workers, alone
         self._state: State = {str(lane): None for lane in lanes}  # None: from the start

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lm_jax.config import Config, DataConfig, MeshConfig, walk
+from lm_jax.config import Config, DataConfig, MeshConfig
+from lm_jax.config_keys import walk
 from lm_jax.data.chat import chat_template_of
 from lm_jax.data.sources import held_out_sources
 from lm_jax.errors import UserError

@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from lm_jax.config import NOT_OF_THE_WEIGHTS, ModelConfig, MoeConfig, RopeScaling, walk
+from lm_jax.config import NOT_OF_THE_WEIGHTS, ModelConfig, MoeConfig, RopeScaling
+from lm_jax.config_keys import walk
 from lm_jax.errors import UserError
 from lm_jax.interop.family import Family, Json
 from lm_jax.interop.labels import default_labels, read_labels, write_labels

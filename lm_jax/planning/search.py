@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from lm_jax.config import Config, walk
+from lm_jax.config import Config
+from lm_jax.config_keys import walk
 from lm_jax.errors import UserError
 from lm_jax.model.flops import (
     idle_parameters,

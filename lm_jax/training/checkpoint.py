@@ -50,7 +50,11 @@ class Unsaved(UserError):
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Use as a context: leaving it waits for the last save."""
+    """The checkpoints of one workdir. Use as a context: leaving it waits for the last save.
+
+    Attributes:
+      begun: the step whose save may not be finished.
+    """
 
     def __init__(self, workdir: str, config: CheckpointConfig | None = None):
         """Opens them for reading, or for writing as well if `config` is given.
@@ -65,7 +69,7 @@ class Checkpoints:
             )
         self.folder = os.path.join(paths.absolute(workdir), "checkpoints")
         self._config = config
-        self._begun: int | None = None  # the step whose save may not be finished
+        self.begun: int | None = None
         if config is None and not paths.isdir(self.folder):
             raise UserError(f"there is no checkpoint in '{workdir}'")
         self._open()
@@ -85,7 +89,7 @@ class Checkpoints:
             if kind is None:
                 self.wait()
         finally:
-            with contextlib.suppress(*_STORE) if kind or self._begun else contextlib.nullcontext():
+            with contextlib.suppress(*_STORE) if kind or self.begun else contextlib.nullcontext():
                 self._manager.close()
 
     def steps(self) -> list[int]:
@@ -135,7 +139,8 @@ class Checkpoints:
 
     def _save(self, step: int, parameters: Parameters, optimizer: Any, data: Any) -> None:
         failed = self._failure_before()
-        arrays = {"parameters": parameters} | ({} if optimizer is None else {"optimizer": optimizer})
+        arrays = {"parameters": parameters, "optimizer": optimizer}
+        arrays = {name: tree for name, tree in arrays.items() if tree is not None}
         size = sum(x.nbytes for x in jax.tree.leaves(arrays))
         vanished, obstacle = together.said_by_first(self._obstacle(size))
         if vanished:
@@ -151,7 +156,7 @@ class Checkpoints:
             if data is not None:
                 items["data"], sums["data"] = ocp.args.JsonSave(data), json_sum(data)
             items["sums"] = ocp.args.JsonSave(sums)
-            self._begun = step
+            self.begun = step
             try:
                 # Else none before the newest is saved.
                 self._manager.save(step, args=ocp.args.Composite(**items), force=data is None)
@@ -174,24 +179,24 @@ class Checkpoints:
             raise Unsaved(failed)
 
     def _failure_before(self) -> str:
-        """Waits for the save that was begun; why some process could not do its part of it, or ''."""
-        if self._begun is None:
+        """Waits for the save that was begun; why some process could not do its part, or ''."""
+        if self.begun is None:
             return ""
         why = ""
         try:
             self._manager.wait_until_finished()
         except _STORE as e:
             why = _said(e)
-        why, step = next(filter(None, together.of_all(why)), ""), self._begun
+        why, step = next(filter(None, together.of_all(why)), ""), self.begun
         if not why:
-            self._begun = None
+            self.begun = None
             return ""
         self._reopen()
         return _unsaved(step, why)
 
     def _reopen(self) -> None:
         """After a failure: what was left half is removed, and what is there is looked up again."""
-        self._begun = None
+        self.begun = None
         with contextlib.suppress(*_STORE):
             self._manager.close()
         with contextlib.suppress(*_STORE):  # it is tried again with the next save

@@ -9,48 +9,56 @@ the seed. The weights that adapters belong to are in no checkpoint: they always 
 """
 
 import contextlib
-import itertools
 import math
-import os
+import time
+from collections import deque
 from collections.abc import Collection
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lm_jax import paths, rendezvous
-from lm_jax.config import OWN_HEADS, Config
-from lm_jax.data.held_out import validation_batches
+from lm_jax.config import Config
 from lm_jax.data.loader import Stream, train_stream
+from lm_jax.data.packing import Batch
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
-from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
 from lm_jax.model import parameters as params_lib
-from lm_jax.model.flops import peak_flops, training_flops_per_token
-from lm_jax.model.lora import base_config
+from lm_jax.model.flops import training_flops_per_token
 from lm_jax.sharding.mesh import batch_block, make_mesh, to_devices
 from lm_jax.training import together, trainable, weights
 from lm_jax.training import workdir as workdir_lib
-from lm_jax.training.answered import is_answered
 from lm_jax.training.answering import Answering
-from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
+from lm_jax.training.checkpoint import Checkpoints, Unsaved, abstract_parameters
+from lm_jax.training.evidence import Exhibit, write_down
 from lm_jax.training.farewell import farewell
+from lm_jax.training.goodput import Ledger
 from lm_jax.training.greeting import greeting
+from lm_jax.training.health import Verdict
+from lm_jax.training.keeping import Keeper
 from lm_jax.training.masking import make_masking
-from lm_jax.training.metrics import Metrics, Stopwatch, speed
+from lm_jax.training.metrics import Metrics
+from lm_jax.training.occasions import Occasions
 from lm_jax.training.optimizer import check_rules
 from lm_jax.training.program import check_batch, jit_train_step
-from lm_jax.training.samples import sample
 from lm_jax.training.signals import StopSignal
 from lm_jax.training.step import Step, TrainState, make_step, skeleton_of
+from lm_jax.training.steplog import Done, StepLog
+from lm_jax.training.tracing import Tracing
 
 
-def train(config: Config, workdir: str, overridden: Collection[str] = ()) -> int:
+def train(
+    config: Config,
+    workdir: str,
+    overridden: Collection[str] = (),
+    began: float | None = None,
+) -> int:
     """Trains until `training.steps`, the end of the data, or a signal; resumes what is there.
 
     Args:
       overridden: keys of the config that the command line set, and no recipe; of the model and the
         tokenizer, none that come with the weights of `init_from` may be among them.
+      began: `time.time()` when the process started; None: now.
 
     Returns:
       0, or the number of the signal that ended the run (after a checkpoint).
@@ -58,6 +66,7 @@ def train(config: Config, workdir: str, overridden: Collection[str] = ()) -> int
     Raises:
       UserError: something in the config, the data, the mesh or the workdir does not fit.
     """
+    began = time.time() if began is None else began
     config = weights.resolved(config, workdir, overridden)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
@@ -65,40 +74,44 @@ def train(config: Config, workdir: str, overridden: Collection[str] = ()) -> int
     workdir_lib.check(workdir, config)
     together.check_one_folder(workdir)
     with workdir_lib.locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-        return _train(config, workdir, mesh)
+        return _train(config, workdir, mesh, began)
 
 
-def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> int:
+def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh, began: float) -> int:
+    ledger = Ledger(workdir, active=jax.process_index() == 0, began=began)
     tokenizer = together.made_once(lambda: workdir_lib.obtain_tokenizer(workdir, config))
     asked, config = config, workdir_lib.with_vocabulary(config, tokenizer)
     # All parameters fit the mesh, and have a rule.
     check_rules(list(abstract_parameters(skeleton_of(config.model), mesh)))
+    step = make_step(config, make_masking(config.data, tokenizer, config.model.vocab_size))
     with (
         jax.set_mesh(mesh),
         train_stream(
-            config.data, tokenizer, seed=config.training.seed, **_rows_here(mesh)
+            config.data, tokenizer, seed=config.training.seed, **rows_here(mesh)
         ) as stream,
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
-        run = _Run(config, workdir, mesh, tokenizer, stream, checkpoints)
-        state, start = run.restore_or_begin()
 
         def settle(folder: str) -> None:
             if config.model.lora.rank:
-                weights.pin(folder, run.source)
+                weights.pin(folder, keeper.source)
             workdir_lib.settle(folder, asked, tokenizer)
 
+        keeper = Keeper(config, workdir, mesh, step, stream, checkpoints, settle)
+        with ledger.spent("restore"):
+            state, start, origin = keeper.begin()
         if jax.process_index() == 0:
             settle(workdir)
+        answering = None
         if config.task.name != "none":
-            run.answering = Answering(config, workdir, tokenizer, settle)
-        return run.go(state, start)
+            answering = Answering(config, workdir, tokenizer, settle)
+        occasions = Occasions(config, workdir, mesh, tokenizer, step, answering)
+        run = _Run(config, workdir, mesh, tokenizer, step, stream, keeper, occasions, ledger)
+        return run.go(state, start, origin)
 
 
 class _Run:
-    """One process's part of a run, once data and devices are there."""
-
-    answering: Answering | None = None  # the task, if there is one
+    """One process's part of one life of a run, once data and devices are there."""
 
     def __init__(
         self,
@@ -106,125 +119,99 @@ class _Run:
         workdir: str,
         mesh: jax.sharding.Mesh,
         tokenizer: Tokenizer,
+        step: Step,
         stream: Stream,
-        checkpoints: Checkpoints,
+        keeper: Keeper,
+        occasions: Occasions,
+        ledger: Ledger,
     ):
-        self.config, self.workdir, self.mesh = config, workdir, mesh
-        self.tokenizer, self.stream, self.checkpoints = tokenizer, stream, checkpoints
-        masking = make_masking(config.data, tokenizer, config.model.vocab_size)
-        self.step: Step = make_step(config, masking)
-        self.train_step = jit_train_step(self.step, mesh)
-        self.evaluate_step = jax.jit(self.step.evaluate)
-        self.parts = batch_block(mesh)[1]
-        lengths = byte_lengths(tokenizer, config.model.vocab_size)
-        self.byte_lengths = to_devices(lengths, mesh)
+        self.config, self.workdir, self.mesh, self.tokenizer = config, workdir, mesh, tokenizer
+        self.stream, self.keeper, self.occasions, self.ledger = stream, keeper, occasions, ledger
+        self.step = step
+        self.train_step = jit_train_step(step, mesh)
+        self.tracing = Tracing(workdir, config.logging.profile_steps)
         frozen = trainable.frozen_in_products(
-            params_lib.split(self.step.skeleton), self.step.rates, config.model
+            params_lib.split(step.skeleton), step.rates, config.model
         )
         self.flops_per_token = training_flops_per_token(
             config.model, config.data.length, config.data.predictions, frozen
         )
-        self.watch, self.saved_at = Stopwatch(), -1
-        self.tracing, self.finite, self.traces = False, True, contextlib.ExitStack()
-        self.tokens = self.tokens_logged = 0.0  # real tokens dispatched, and those of logged steps
-        self.start = self.logged_at = 0
-        self.waiting: tuple | None = None  # (step, metrics, tokens) to be logged
-        self.newest: dict[str, jax.Array] | None = None  # metrics of the step done last
+        self.parts = batch_block(mesh)[1]
+        self.tokens = 0.0  # real ones that were dispatched
+        self.newest: Done | None = None  # the step that was dispatched last
+        self.batches: deque[Batch] = deque(maxlen=2)  # this process's, of it and the one before
+        # Of steps that were left out, since the last one that was not.
+        self.exhibits: deque[Exhibit] = deque(maxlen=config.faults.skips)
 
-    def go(self, state: TrainState, start: int) -> int:
+    def go(self, state: TrainState, start: int, origin: str) -> int:
         """From step `start` to the end; returns the signal that ended it, or 0."""
-        config, logging = self.config.training, self.config.logging
-        self.metrics = Metrics(self.workdir, self.config, start, active=jax.process_index() == 0)
+        steps = self.config.training.steps
+        self._begin_log(start)
         for line in greeting(self.config, self.mesh, self.tokenizer, state, self.step.rates):
             self.metrics.say(line)
-        self.metrics.say(f"state: {self.origin}")
-        if start >= config.steps:
+        self.metrics.say(f"state: {origin}")
+        if start >= steps:
             self.metrics.say(
-                f"step {start} of {config.steps} is done: nothing left to train; more steps go on"
-                " from here"
+                f"step {start} of {steps} is done: nothing left to train; more steps go on from"
+                " here"
             )
-        elif start == 0:
-            self._sample(state, 0)
-        # (kind, step) of what is there, and not to be done again.
-        measured = together.said_by_first(sorted(self.metrics.measured))
-        self.measured = {(kind, at) for kind, at in measured} | {("sample", start)}
-        if self.answering and not together.said_by_first(is_answered(self.answering, start)):
-            self.measured.discard(("task", start))  # later ones are not there yet
-        step = self.start = self.logged_at = start
+        step = start
+        self.ledger.resumed(start)
         with StopSignal(self.mesh) as self.stop, jax.transfer_guard("disallow"):
-            self.watch.lap()
+            self.occasions.begin(start, self.metrics, self.log, self.ledger, self._stop_now)
+            if start == 0 < steps:
+                self.occasions.sample(state, 0)
             try:
-                if 0 < start < config.steps:
-                    self._at_intervals(state, start)  # what a kill left undone
-                while step < config.steps and not self.stop.noticed():
-                    batch = self._next_batch()
+                if 0 < start < steps:
+                    self.occasions.at(state, start)  # what a kill left undone
+                while step < steps and not self.stop.noticed():
+                    with self.ledger.spent("data"):
+                        batch = self._next_batch(step)
                     if batch is None:
-                        if not self.stop.number:
-                            self.metrics.say(f"the data ended after {step} steps")
                         break
-                    self._profile(step + 1)
-                    state, self.newest = self.train_step(state, batch)
+                    self.tracing.before(step + 1, self.newest and self.newest.metrics)
+                    with self.ledger.spent("compile" if step == start else "step"):
+                        state, metrics = self.train_step(state, batch)
                     step += 1
-                    self._log_waiting()  # the step before: the device never waits for the log
-                    if step % logging.every == 0 or step in (start + 1, config.steps):
-                        self.waiting = step, self.newest, self.tokens
+                    before, self.newest = self.newest, Done(step, metrics, self.tokens)
+                    if (back := self._look_at(before, state)) is not None:
+                        state, step = back
+                        continue
+                    self.log.add(self.newest)
                     self._at_intervals(state, step)
-                if self.newest is not None and self.logged_at < step:
-                    self.waiting = step, self.newest, self.tokens
-                self._log_waiting()
+                self.log.end(self.newest)
+                if step == steps and self.newest and not all(map(math.isfinite, self._unjudged())):
+                    self._left_out(step, self._unjudged(), None)
             except UserError:  # a record that cannot be read, say: keep what was learned so far
                 # Of several processes the others wait elsewhere; this one's end ends them.
-                if step > start and self.finite and jax.process_count() == 1:
+                if self.newest is not None and jax.process_count() == 1:
                     self._save(state, step)
                 raise
             finally:
-                self._profile(None)
-            if not (caught := self.stop.agreed()):
-                self._finish(state, step)
+                self.tracing.before(None, self.newest and self.newest.metrics)
+            caught = self.stop.agreed()
+            self._keep_for_good(state, step, caught)
+            if not caught:
+                self.occasions.at_the_end(state, step)
                 caught = self.stop.agreed()
-            else:
-                self._save(state, step)
+        self.ledger.end(step)
+        self._say(self.ledger.summary())
         self.metrics.say(farewell(self.config, self.workdir, step, caught))
         self.metrics.close()
         return caught
 
-    def _profile(self, step: int | None) -> None:
-        """Starts or ends the trace before a step, or (None) at the end of the run."""
-        first, last = self.config.logging.profile_steps or (0, 0)
-        wanted = step is not None and first <= step <= last
-        if wanted and not self.tracing:
-            folder = paths.folder_for_writing(os.path.join(self.workdir, "profile"))
-            jax.profiler.start_trace(self.traces.enter_context(folder))
-        elif self.tracing and not wanted:
-            jax.block_until_ready(self.newest)
-            jax.profiler.stop_trace()
-            self.traces.close()
-        self.tracing = wanted
+    def _begin_log(self, start: int) -> None:
+        self.metrics = Metrics(self.workdir, self.config, start, active=jax.process_index() == 0)
+        self.log = StepLog(self.config, self.mesh, self.metrics, start, self.flops_per_token)
 
-    def restore_or_begin(self) -> tuple[TrainState, int]:
-        """The state, from the first place that has one, and the step it stands at."""
-        newest = together.said_by_first(self.checkpoints.latest())
-        model, given = self.config.model, {}
-        self.origin = f"starts afresh, seed {self.config.training.seed}"
-        if model.lora.rank or (newest is None and self.config.init_from):
-            self.source = weights.source_of(self.workdir, self.config)
-            self.origin = f"starts from the weights of {self.source}"
-            given = weights.load_start(self.source, base_config(model), self.mesh)
-            if self.config.data.objective in OWN_HEADS and "head" not in given:
-                of = f" for {model.labels} classes" if model.labels else ""
-                self.origin += f", with a new head{of}"
-        self.saved_at = -1 if newest is None else newest
-        if newest is None:
-            return jax.jit(self.step.init_from, donate_argnums=0)(given), 0
-        abstract = jax.eval_shape(self.step.init)
-        state, data = self.checkpoints.restore(newest, abstract, self.mesh, given)
-        self.stream.set_state(data)
-        self.origin = f"goes on from step {newest} of {self.workdir}"
-        if rendezvous.current:
-            rendezvous.current.saved = newest
-        return state, newest
+    def _say(self, text: str) -> None:
+        if text:
+            self.metrics.say(text)
 
-    def _next_batch(self) -> dict[str, jax.Array] | None:
+    def _stop_now(self) -> bool:
+        return self.stop.noticed() > 0
+
+    def _next_batch(self, step: int) -> dict[str, jax.Array] | None:
         """The next global batch, on the devices; None when every process is at its end."""
         try:
             local = next(self.stream, None)
@@ -233,7 +220,10 @@ class _Run:
                 return None
             raise
         if local is None or self._all_exhausted():
+            if not self.stop.number:
+                self.metrics.say(f"the data ended after {step} steps")
             return None
+        self.batches.append(local)
         # Exact where this process reads all rows; of several parts, each is packed as densely.
         self.tokens += float(np.count_nonzero(local["segments"])) * self.parts
         return to_devices(local, self.mesh)
@@ -245,156 +235,133 @@ class _Run:
             all_of_them = multihost_utils.process_allgather(np.array(self.stream.exhausted))
         return bool(all_of_them.all())
 
-    def _at_intervals(self, state: TrainState, step: int) -> None:
-        """Evaluates, samples and saves where the step asks for it; the last step is `_finish`'s."""
-        training = self.config.training
-        for kind, action, every in (
-            ("checkpoint", self._save, self.config.checkpoint.every),
-            ("validation", self._evaluate, training.evaluate_every),
-            ("task", self._answer, self.config.task.every),
-            ("sample", self._sample, training.sample_every),
-        ):
-            due = every and step % every == 0 and step != training.steps
-            if due and (kind, step) not in self.measured:
-                if kind != "checkpoint" and self._stop_now():
-                    return  # the loop saves, and what is left is done when the run goes on
-                self._log_waiting()
-                with self.watch:
-                    action(state, step)
+    def _look_at(self, done: Done | None, state: TrainState) -> tuple[TrainState, int] | None:
+        """Judges the loss of the step before the newest, while that one runs.
 
-    def _finish(self, state: TrainState, step: int) -> None:
-        """The last save comes first: a signal leaves little time. What a run that was stopped here
-        did not come to is done when it is started again."""
+        Args:
+          done: the step; None: the one that this life went on from, if it was saved unjudged.
+
+        Returns:
+          The state and the step to go back to, if that is what follows.
+
+        Raises:
+          UserError: the run is not to go on.
+        """
+        values = self.keeper.unjudged if done is None else _values(done)
+        if values is None:
+            return None
+        health, step = self.keeper.health, self.newest.step - 1
+        match health.judge(*values):
+            case Verdict.FINE:
+                self.exhibits.clear()
+            case Verdict.SPIKE:
+                return self._go_back(step, values[0])
+            case verdict:
+                self._left_out(step, values, self.batches[0] if len(self.batches) == 2 else None)
+                if verdict is Verdict.TOO_MANY_SKIPPED:
+                    self._give_up(state)
+        return None
+
+    def _left_out(self, step: int, values: tuple[float, float], batch: Batch | None) -> None:
+        """Tells of a step whose loss or gradient was no number.
+
+        Args:
+          batch: what it was given, if it is known.
+        """
+        named = dict(zip(("loss", "gradient_norm"), values))
+        finite = {name: x for name, x in named.items() if math.isfinite(x)}
+        self.metrics.write("skipped", step, finite)
+        name, value = next(x for x in named.items() if x[0] not in finite)
+        self.metrics.say(
+            f"warning: the {name.replace('_', ' ')} is {value} at step {step}: the step is left out"
+        )
+        if batch is not None:
+            self.exhibits.append(Exhibit(step, *values, batch))
+
+    def _give_up(self, state: TrainState) -> None:
+        """Ends a run whose last losses were no numbers, saved as it was before them."""
+        step = self.newest.step
         self._save(state, step)
-        self.checkpoints.wait()
-        for kind, action, wanted in (
-            ("validation", self._evaluate, self.config.training.evaluate_every),
-            ("task", self._answer, True),
-            ("sample", self._sample, True),
-        ):
-            if self._stop_now():
-                return
-            if wanted and (kind, step) not in self.measured:
-                action(state, step)
+        first, last = self.newest.step - self.keeper.health.in_a_row, step - 1
+        where = ""
+        if self.exhibits:
+            where = write_down(self.workdir, f"step-{last}", self.exhibits, self.tokenizer)
+        raise UserError(
+            f"the loss or the gradient was no number at {last - first + 1} steps in a row, {first}"
+            f" to {last}: lower optimizer.learning_rate or lengthen the warm-up;"
+            f" {self.keeper.finished()}"
+            + (f"; what they were given is in {where}" if where else "")
+        )
+
+    def _go_back(self, step: int, loss: float) -> tuple[TrainState, int] | None:
+        """Takes the run back to before a spike of the loss; None if it goes on as it is.
+
+        Raises:
+          UserError: it has been back as often as it may.
+        """
+        what = f"the loss {loss:.4f} at step {step} is far above those before"
+        if self.keeper.health.rewinds >= self.config.faults.rewinds:
+            raise UserError(
+                f"{what}, and the run has gone back {self.keeper.health.rewinds} times, as often as"
+                f" faults.rewinds lets it: {self.keeper.finished()}"
+            )
+        self.ledger.record(self.newest.step)
+        with self.ledger.spent("restore"):
+            back = self.keeper.rewind(step)
+        if back is None:
+            self.metrics.say(f"warning: {what}; there is no checkpoint to go back to")
+            return None
+        self.ledger.resumed(back[1])
+        self.metrics.close()
+        self._begin_log(back[1])
+        self.metrics.write("rewound", step, {"to": back[1], "loss": loss})
+        self.metrics.say(
+            f"warning: {what}: the run goes back to step {back[1]}, and past the text that led"
+            " there"
+        )
+        self.occasions.begin(back[1], self.metrics, self.log, self.ledger, self._stop_now)
+        self.newest = None
+        self.exhibits.clear()
+        return back
+
+    def _at_intervals(self, state: TrainState, step: int) -> None:
+        """Saves, and does whatever else a step in the middle of the run asks for."""
+        every = self.config.checkpoint.every
+        due = every and step % every == 0 and step != self.config.training.steps
+        if due:
+            with self.log.paused():
+                self._save(state, step)
+        self.occasions.at(state, step)
+        if due or step % self.config.logging.every == 0:
+            self.ledger.record(step)
 
     def _save(self, state: TrainState, step: int) -> None:
-        if self.saved_at != step:
-            if self.newest is not None:
-                self._check_finite(step, self.newest)
+        with self.ledger.spent("save"):
             self.metrics.flush()
-            self.checkpoints.save(step, state, self.stream.get_state())
-            if rendezvous.current and self.saved_at >= 0:  # the one before is finished
-                rendezvous.current.saved = self.saved_at
-            self.saved_at = step
+            self._say(self.keeper.save(step, state, self._unjudged()))
 
-    def _check_finite(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
-        """The metrics as numbers, once loss and gradient are known to be numbers too."""
-        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-        wrong = [k for k in ("loss", "gradient_norm") if not math.isfinite(values[k])]
-        if wrong:
-            self.finite = False
-            self.metrics.close()
-            saved = self.checkpoints.latest()
-            raise UserError(
-                f"the {wrong[0].replace('_', ' ')} is {values[wrong[0]]} at step {step}: lower"
-                " optimizer.learning_rate or lengthen the warm-up; "
-                + ("nothing was saved yet" if saved is None else f"step {saved} is saved")
-            )
-        return values
+    def _unjudged(self) -> tuple[float, float] | None:
+        return self.keeper.unjudged if self.newest is None else _values(self.newest)
 
-    def _log_waiting(self) -> None:
-        if self.waiting is None:
-            return
-        (step, metrics, tokens), self.waiting = self.waiting, None
-        values = self._check_finite(step, metrics)
-        seconds, steps = self.watch.lap(), step - self.logged_at
-        values["seconds_per_step"] = seconds / steps
-        note = f"first step in {seconds:.1f} s, compilation included"
-        if step > self.start + 1:  # of the first, the time says nothing about the next
-            rate = (tokens - self.tokens_logged) / seconds
-            flops = rate * self.flops_per_token
-            values |= {"tokens_per_second": rate, "model_flops_per_second": flops}
-            peak = peak_flops(self.mesh.devices.flat[0].device_kind) * self.mesh.size
-            if not math.isnan(peak):
-                values["mfu"] = flops / peak
-            left = (self.config.training.steps - step) * seconds / steps
-            note = speed(values, left)
-        self.tokens_logged, self.logged_at = tokens, step
-        self.metrics.write("train", step, values)
-        self.metrics.progress(step, f"loss {values['loss']:.4f} | {note}")
-
-    def _evaluate(self, state: TrainState, step: int) -> None:
-        training = self.config.training
-        batches = validation_batches(
-            self.config.data,
-            self.tokenizer,
-            batch_size=training.evaluate_batch_size,
-            max_batches=training.evaluate_batches,
-            **_rows_here(self.mesh),
-        )
-        values = evaluate_loss(
-            lambda batch, i: self.evaluate_step(
-                state.all_parameters,
-                to_devices(batch, self.mesh),
-                to_devices(np.int32(i), self.mesh),
-                self.byte_lengths,
-            ),
-            itertools.takewhile(lambda _: not self._stop_now(), batches),
-        )
-        if self._stop_now():
-            return  # a signal leaves no time for the rest, and a part is another measure
-        self.measured.add(("validation", step))
-        self.metrics.write("validation", step, values)
-        parts = [f"validation loss {values['loss']:.4f}"]
-        if self.config.data.objective in OWN_HEADS:
-            parts.append(f"{values['accuracy']:.1%} right")
-        else:
-            parts.append(f"perplexity {values['perplexity']:.2f}")
-        if "bits_per_byte" in values:
-            parts.append(f"{values['bits_per_byte']:.3f} bits per byte")
-        if self.step.masking is not None:
-            parts.append(f"{values['accuracy']:.1%} of the masked tokens right")
-        self.metrics.say(f"step {step}: " + ", ".join(parts))
-
-    def _answer(self, state: TrainState, step: int) -> None:
-        if self.answering is None:
-            return
-        model = params_lib.bind(self.step.in_use, state.all_parameters)
-        with jax.transfer_guard("allow"):
-            result = self.answering.evaluate(model, step, self._stop_now)
-            if result is None:
-                return
-            best, note = False, ""
-            if self.config.task.keep_best:
-                best, note = self.answering.keep(step, state, result)
-        self.measured.add(("task", step))
-        self.metrics.write("task", step, result.values())
-        said = [
-            f"{name} {s.value:.2f} ({s.low:.2f} to {s.high:.2f})"
-            for name, s in result.scores.items()
-        ]
-        said += [f"{n} {what}" for what, n in result.notes().items()]
-        self.metrics.say(f"step {step}: {', '.join(said)}" + (", the best so far" if best else ""))
-        if note:
-            self.metrics.say(f"note: {note}")
-
-    def _stop_now(self) -> bool:
-        """Whether to drop what can be done later; of several processes, each gets this answer when
-        it asks as often as the others."""
-        return self.stop.noticed() > 0
-
-    def _sample(self, state: TrainState, step: int) -> None:
-        training = self.config.training
-        if not training.sample_tokens or jax.process_count() > 1:
-            return
-        model = params_lib.bind(self.step.in_use, state.all_parameters)
-        with jax.transfer_guard("allow"):
-            text = sample(model, self.tokenizer, training)
-        samples = os.path.join(self.workdir, "samples.txt")
-        paths.append(samples, f"=== step {step} ===\n{text}\n")
-        self.metrics.say(f"--- sample at step {step} ---\n{text}\n---")
+    def _keep_for_good(self, state: TrainState, step: int, caught: int) -> None:
+        """The last save, before anything else is done: a signal leaves little time."""
+        with self.ledger.spent("save"):
+            self.metrics.flush()
+            try:
+                self.keeper.save_for_good(step, state, self._unjudged(), self.metrics.say)
+            except Unsaved as e:
+                if not caught:
+                    raise
+                self.metrics.say(f"warning: {e}")
 
 
-def _rows_here(mesh: jax.sharding.Mesh) -> dict[str, int]:
+def _values(done: Done) -> tuple[float, float]:
+    """Loss and norm of the gradient."""
+    loss, norm = jax.device_get((done.metrics["loss"], done.metrics["gradient_norm"]))
+    return float(loss), float(norm)
+
+
+def rows_here(mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """Which rows of a batch this process reads, as `train_stream` takes it."""
     index, count = batch_block(mesh)
     return {"process_index": index, "process_count": count}

@@ -1,5 +1,8 @@
 """The train step: (state, batch) -> (state, metrics), a pure function.
 
+A step whose loss or gradient is not finite changes neither parameters nor moments; that it was one
+stands in its metrics.
+
 A batch is a dict of packed rows, see `lm_jax.training.loss.batch_loss`. Gradients come from
 micro-batches run one after the other; each is weighted by the tokens of the whole batch, so that
 accumulation changes memory and nothing else.
@@ -129,10 +132,13 @@ class Step:
             gradients, sums = _summed(lambda b, i: gradient(b, i, load), zeros, inputs)
 
         gradients = mask(gradients, self.rates)
-        parameters, optimizer = self._update(gradients, state)
+        mean, norm = sums.nll / tokens, optax.tree.norm(gradients)
+        # What is no number would be one never again in all that it is added to.
+        fine = jnp.isfinite(mean) & jnp.isfinite(norm)
+        parameters, optimizer = self._update(gradients, state, fine)
         metrics = {
-            "loss": sums.nll / tokens,
-            "gradient_norm": optax.tree.norm(gradients),
+            "loss": mean,
+            "gradient_norm": norm,
             "learning_rate": self.schedule(state.step),
             "tokens": sums.weight,
         }
@@ -143,10 +149,22 @@ class Step:
             metrics["router_z_loss"] = router.z_loss(routed)
         return TrainState(state.step + 1, parameters, state.frozen, optimizer), metrics
 
-    def _update(self, gradients: Parameters, state: TrainState):
-        def update(gradients, optimizer, parameters):
-            updates, optimizer = self.optimizer.update(gradients, optimizer, parameters)
-            return optax.apply_updates(parameters, updates), optimizer
+    def _update(self, gradients: Parameters, state: TrainState, fine: jax.Array):
+        """The parameters and the optimizer's state after an update; without one, if not `fine`, but
+        for the steps that schedules count."""
+
+        def update(gradients, optimizer, parameters, fine):
+            def chosen(new, old):
+                if isinstance(new, optax.ScaleByScheduleState):
+                    return new
+                return jnp.where(fine, new, old)
+
+            def schedule(x):
+                return isinstance(x, optax.ScaleByScheduleState)
+
+            updates, changed = self.optimizer.update(gradients, optimizer, parameters)
+            changed = optax.apply_updates(parameters, updates), changed
+            return jax.tree.map(chosen, changed, (parameters, optimizer), is_leaf=schedule)
 
         if not jax.sharding.get_abstract_mesh().empty:
             # Optimizers know nothing of explicit shardings: inside, the compiler propagates them;
@@ -155,7 +173,7 @@ class Step:
                 lambda x: jax.typeof(x).sharding.spec, (state.parameters, state.optimizer)
             )
             update = jax.sharding.auto_axes(update, out_sharding=specs)
-        return update(gradients, state.optimizer, state.parameters)
+        return update(gradients, state.optimizer, state.parameters, fine)
 
     def _micro_batches(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """[B, T] -> [A, B / A, T]. Micro-batch a takes every A-th row from a on, so that a device

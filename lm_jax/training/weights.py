@@ -16,14 +16,8 @@ import jax
 from jax.sharding import Mesh
 
 from lm_jax import paths
-from lm_jax.config import (
-    NOT_OF_THE_WEIGHTS,
-    OWN_HEADS,
-    Config,
-    ModelConfig,
-    TokenizerConfig,
-    walk,
-)
+from lm_jax.config import NOT_OF_THE_WEIGHTS, OWN_HEADS, Config, ModelConfig, TokenizerConfig
+from lm_jax.config_keys import walk
 from lm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.interop import pretrained

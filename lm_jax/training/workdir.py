@@ -26,8 +26,9 @@ import shutil
 from collections.abc import Iterator
 
 from lm_jax import paths
-from lm_jax.config import Config, differences
+from lm_jax.config import Config
 from lm_jax.config_json import from_json, to_json
+from lm_jax.config_keys import differences
 from lm_jax.data.sources import texts
 from lm_jax.data.tokenizer import Tokenizer, load_tokenizer, text_to_learn_from, train_tokenizer
 from lm_jax.errors import UserError
