@@ -186,7 +186,7 @@ def test_a_run_that_diverges_is_stopped(corpus, tmp_path):
         optimizer__warmup_steps=0,
     )
     message = fails(*flags, f"--workdir={tmp_path / 'run'}")
-    assert re.search("the (loss|gradient norm) is (nan|inf) at step", message)
+    assert re.search("no number at 10 steps in a row, [0-9]+ to [0-9]+:", message)
     assert "optimizer.learning_rate" in message
 
 

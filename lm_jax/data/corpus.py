@@ -21,10 +21,11 @@ def fingerprint(sources: Sequence[Sequence[Document]]) -> Fingerprint:
     for documents in sources:
         for i in range(min(_SAMPLE, len(documents))):
             try:
-                some = digest([documents[i * len(documents) // _SAMPLE]])
-            except UserError as e:  # is raised where it is trained on
-                some = str(e)
-            sample.update(some.encode())
+                document = documents[i * len(documents) // _SAMPLE]
+            except UserError:  # is raised where it is trained on
+                continue
+            if document:  # else it was skipped
+                sample.update(digest([document]).encode())
     return {"documents": [len(documents) for documents in sources], "sample": sample.hexdigest()}
 
 

@@ -280,9 +280,11 @@ class _Run:
 
     def _give_up(self, state: TrainState) -> None:
         """Ends a run whose last losses were no numbers, saved as it was before them."""
-        step = self.newest.step
+        step, health = self.newest.step, self.keeper.health
+        first, last = step - health.in_a_row, step - 1
+        # Whoever starts it again has seen to the cause.
+        health.in_a_row, self.newest, self.keeper.unjudged = 0, None, None
         self._save(state, step)
-        first, last = self.newest.step - self.keeper.health.in_a_row, step - 1
         where = ""
         if self.exhibits:
             where = write_down(self.workdir, f"step-{last}", self.exhibits, self.tokenizer)

@@ -192,6 +192,55 @@ def test_a_batch_of_padding_only_changes_nothing_but_by_decay():
     assert after.step == 1
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "axes"),
+    [("adamw", (2, 2, 2)), ("adafactor", (1, 1, 1)), ("lion", (1, 1, 1)), ("muon", (4, 2, 1))],
+)
+def test_a_step_that_is_no_number_is_as_if_it_had_not_been(optimizer, axes):
+    """But for the steps that are counted: the rate is that of the next one."""
+    config = run_config(SMALL, optimizer=FAST | {"name": optimizer, "schedule": "constant"})
+    config.optimizer.warmup_steps = 0
+    with jax.set_mesh(on_devices(axes)):
+        step = make_step(config)
+        update, states = quick_jit(step.train), []
+        bad = packed_batch(seed=9)
+        bad["weights"] = bad["weights"] * np.float32(np.nan)
+        for batches in ((0, None, 1), (0, 1)):
+            state = start(step)
+            for i in batches:
+                before = state
+                state, metrics = update(state, shard(bad if i is None else packed_batch(seed=i)))
+                assert np.isfinite(metrics["loss"]) == (i is not None)
+                if i is None:
+                    jax.tree.map(np.testing.assert_array_equal, state.parameters, before.parameters)
+            states.append(state)
+        left_out, never = states
+        assert (left_out.step, never.step) == (3, 2)
+        for name, x in never.parameters.items():
+            np.testing.assert_array_equal(left_out.parameters[name], x, err_msg=name)
+        assert not np.array_equal(
+            never.parameters["embedding"], start(step).parameters["embedding"]
+        )
+
+
+def test_the_rate_of_a_step_does_not_depend_on_what_was_left_out():
+    config = run_config(SMALL, optimizer=FAST | {"schedule": "linear"}, training={"steps": 9})
+    step = make_step(config)
+    update, state = quick_jit(step.train), start(step)
+    bad = packed_batch(seed=9)
+    bad["weights"] = bad["weights"] * np.float32(np.nan)
+    for i in range(4):
+        state, _ = update(state, bad if i < 2 else packed_batch(seed=i))
+    counts = [
+        int(x.count)
+        for x in jax.tree.leaves(
+            state.optimizer, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState)
+        )
+        if isinstance(x, optax.ScaleByScheduleState)
+    ]
+    assert counts == [4]  # as state.step, of which the rate is logged
+
+
 def test_dropout_is_a_function_of_seed_and_step():
     """Of nothing else: a step taken again, as after a restart, drops the same."""
     batch = packed_batch()
