@@ -10,6 +10,7 @@ the seed. The weights that adapters belong to are in no checkpoint: they always 
 
 import contextlib
 import math
+import signal
 import time
 from collections import deque
 from collections.abc import Collection
@@ -42,9 +43,11 @@ from lm_jax.training.occasions import Occasions
 from lm_jax.training.optimizer import check_rules
 from lm_jax.training.program import check_batch, jit_train_step
 from lm_jax.training.signals import StopSignal
+from lm_jax.training.starts import counted
 from lm_jax.training.step import Step, TrainState, make_step, skeleton_of
 from lm_jax.training.steplog import Done, StepLog
 from lm_jax.training.tracing import Tracing
+from lm_jax.training.watchdog import Watchdog, watchdog_of
 
 
 def train(
@@ -85,11 +88,13 @@ def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh, began: float) 
     check_rules(list(abstract_parameters(skeleton_of(config.model), mesh)))
     step = make_step(config, make_masking(config.data, tokenizer, config.model.vocab_size))
     with (
+        watchdog_of(config, workdir) as dog,
         jax.set_mesh(mesh),
         train_stream(
             config.data, tokenizer, seed=config.training.seed, **rows_here(mesh)
         ) as stream,
         Checkpoints(workdir, config.checkpoint) as checkpoints,
+        counted(workdir, together.said_by_first(checkpoints.latest())) as this_start,
     ):
 
         def settle(folder: str) -> None:
@@ -106,8 +111,11 @@ def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh, began: float) 
         if config.task.name != "none":
             answering = Answering(config, workdir, tokenizer, settle)
         occasions = Occasions(config, workdir, mesh, tokenizer, step, answering)
-        run = _Run(config, workdir, mesh, tokenizer, step, stream, keeper, occasions, ledger)
-        return run.go(state, start, origin)
+        run = _Run(config, workdir, mesh, tokenizer, step, stream, keeper, occasions, ledger, dog)
+        caught = run.go(state, start, origin)
+        if caught:
+            this_start.ended = signal.Signals(caught).name
+        return caught
 
 
 class _Run:
@@ -124,7 +132,9 @@ class _Run:
         keeper: Keeper,
         occasions: Occasions,
         ledger: Ledger,
+        dog: Watchdog,
     ):
+        self.dog = dog
         self.config, self.workdir, self.mesh, self.tokenizer = config, workdir, mesh, tokenizer
         self.stream, self.keeper, self.occasions, self.ledger = stream, keeper, occasions, ledger
         self.step = step
@@ -157,7 +167,8 @@ class _Run:
             )
         step = start
         self.ledger.resumed(start)
-        with StopSignal(self.mesh) as self.stop, jax.transfer_guard("disallow"):
+        stop = StopSignal(self.mesh, worth_saving=False)
+        with stop as self.stop, jax.transfer_guard("disallow"):
             self.occasions.begin(start, self.metrics, self.log, self.ledger, self._stop_now)
             if start == 0 < steps:
                 self.occasions.sample(state, 0)
@@ -169,10 +180,11 @@ class _Run:
                         batch = self._next_batch(step)
                     if batch is None:
                         break
+                    self.dog.alive(f"step {step + 1}")
                     self.tracing.before(step + 1, self.newest and self.newest.metrics)
                     with self.ledger.spent("compile" if step == start else "step"):
                         state, metrics = self.train_step(state, batch)
-                    step += 1
+                    step, stop.worth_saving = step + 1, True
                     before, self.newest = self.newest, Done(step, metrics, self.tokens)
                     if (back := self._look_at(before, state)) is not None:
                         state, step = back
@@ -192,6 +204,7 @@ class _Run:
             caught = self.stop.agreed()
             self._keep_for_good(state, step, caught)
             if not caught:
+                self.dog.alive("what is due at the end")
                 self.occasions.at_the_end(state, step)
                 caught = self.stop.agreed()
         self.ledger.end(step)
@@ -213,6 +226,7 @@ class _Run:
 
     def _next_batch(self, step: int) -> dict[str, jax.Array] | None:
         """The next global batch, on the devices; None when every process is at its end."""
+        self.dog.alive(f"the batch of step {step + 1}")
         try:
             local = next(self.stream, None)
         except RuntimeError:
@@ -333,12 +347,13 @@ class _Run:
         if due:
             with self.log.paused():
                 self._save(state, step)
-        self.occasions.at(state, step)
+        with self.dog.doing(f"what is due at step {step}"):
+            self.occasions.at(state, step)
         if due or step % self.config.logging.every == 0:
             self.ledger.record(step)
 
     def _save(self, state: TrainState, step: int) -> None:
-        with self.ledger.spent("save"):
+        with self.ledger.spent("save"), self.dog.doing(f"the checkpoint of step {step}"):
             self.metrics.flush()
             self._say(self.keeper.save(step, state, self._unjudged()))
 
@@ -347,7 +362,7 @@ class _Run:
 
     def _keep_for_good(self, state: TrainState, step: int, caught: int) -> None:
         """The last save, before anything else is done: a signal leaves little time."""
-        with self.ledger.spent("save"):
+        with self.ledger.spent("save"), self.dog.doing(f"the checkpoint of step {step}"):
             self.metrics.flush()
             try:
                 self.keeper.save_for_good(step, state, self._unjudged(), self.metrics.say)
