@@ -5,8 +5,6 @@ as text.
 """
 
 import base64
-import importlib.resources
-import json
 import math
 import unicodedata
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.inspection.look import Look, Scores
+from lm_jax.page import assemble
 
 _SYMBOLS = {"\n": "⏎", "\t": "⇥"}
 
@@ -44,13 +43,7 @@ def render(look: Look, tokenizer: Tokenizer, facts: dict[str, str]) -> str:
         used |= {*look.scores.candidates_MK.flat, *look.scores.lens_LT.flat} - {-1}
     data["names"] = {int(id): name(tokenizer, int(id)) for id in sorted(used)}
     data["specials"] = [int(id) for id in sorted(used & set(tokenizer.specials))]
-    page, style, script = (_asset(f"page.{kind}") for kind in ("html", "css", "js"))
-    # In a script element, text ends at '</script' alone, and '<!--' changes how it is read.
-    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    for mark, text in (("/* STYLE */", style), ("/* SCRIPT */", script), ("/* DATA */", content)):
-        before, _, after = page.partition(mark)
-        page = before + text + after
-    return page
+    return assemble(__package__, data)
 
 
 def pack(weights_LNTS: np.ndarray, *, causal: bool) -> str:
@@ -101,7 +94,3 @@ def _visible(character: str) -> str:
     if kind[0] == "C" or (kind[0] == "Z" and character != " "):
         return f"⟨U+{ord(character):04X}⟩"
     return "\u25cc" + character if kind[0] == "M" else character  # marks on a dotted circle
-
-
-def _asset(file: str) -> str:
-    return importlib.resources.files(__package__).joinpath(file).read_text(encoding="utf-8")

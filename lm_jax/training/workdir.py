@@ -6,7 +6,7 @@ tokenizer/         as saved by the tokenizer
 checkpoints/STEP/  parameters, optimizer state, place in the data
 metrics.jsonl      a line for each logged step and each evaluation
 time.jsonl         where the wall time went, over all restarts
-report.html        a page about the run, as lm_jax.report writes it
+report.html        a page about the run, as lm_jax.report makes it
 predictions/       of a run with a task, its answers at STEP, and their scores
 best/              a run of the checkpoint that the task's first metric found best, on request
 samples.txt        what the model wrote, and when
