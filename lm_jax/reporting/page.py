@@ -193,10 +193,7 @@ def _scores(run: Run) -> str:
     decides = {s: v for s, v in columns[0].items() if math.isfinite(v)}
     best = (min if _less(names[0]) else max)(decides, key=decides.get, default=None)
     shown = steps[:_SAMPLES]
-    rows = [
-        [f"{s:,}", *(f"{c[s]:.2f}" if s in c else "" for c in columns)]
-        for s in shown
-    ]  # fmt: skip
+    rows = [[f"{s:,}", *(f"{c[s]:.2f}" if s in c else "" for c in columns)] for s in shown]
     said = [_said(f"Best {names[0]}: {decides[best]:.2f} at step {best:,}.")] if decides else []
     left = _left_out(len(steps) - len(shown), "metrics.jsonl")
     table = _table(
@@ -212,7 +209,7 @@ def _left_out(count: int, where: str) -> str:
 
 
 def _time(time: Totals) -> str:
-    if not time.lives:
+    if not time.whole:
         return _section("Time", _said("The run has no time.jsonl: where its time went is unknown."))
     parts = [(c, s) for c, s in sorted(time.seconds.items(), key=lambda i: -i[1]) if s]
     bar = "".join(
