@@ -36,7 +36,7 @@ from lm_jax.errors import UserError
 TOKEN = "seen_by_all"  # a file that is there while several processes look whether all see it
 # What a run that failed before its first step may leave: such a folder is free.
 _OWN = {"checkpoints", "tokenizer", "tokenizer.tmp", "config.json.tmp", "lock", "lost+found"}
-_OWN |= {"base.json", "base.json.tmp", "time.jsonl", TOKEN, TOKEN + ".tmp"}
+_OWN |= {"base.json", "base.json.tmp", "time.jsonl", "time.jsonl.tmp", TOKEN, TOKEN + ".tmp"}
 _OWN |= {"starts.jsonl", "starts.jsonl.tmp"}
 _HANG = re.compile(r"hang-\d+\.txt(\.tmp)?")
 
