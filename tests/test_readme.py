@@ -38,6 +38,7 @@ small='{tiny}'
 case "$*" in *init_from=runs/published*) small='{rest}' ;; esac
 case "$*" in *tokens:*) small=$(echo "$small" | sed s/--config.tokenizer.kind=bytes//) ;; esac
 case "$*" in *answer.py*) small="$small --config.data.length=128" ;; esac  # for its instruction
+case "$*" in *--replay=*) exec {python} -m lm_jax.train "$3" --replay=4 ;; esac
 case "$1 $2" in
   "-m pip") echo "$*" >>pip.log ;;
   "-m ruff") exec {python} "$@" configs ;;
@@ -173,6 +174,7 @@ def test_commands_and_code_run(done, checkout):
     steps = [r["step"] for r in map(json.loads, longer) if r["kind"] == "train"]
     assert steps == [1, 2, 3, 4]
     assert "starts from the weights of runs/quickstart" in done
+    assert '"step": 4, "from": 2, ' in done and '"same": true' in done
     assert "8 x cpu (data 2 x fsdp 2 x tensor 2)" in done
     assert len((checkout / "completions.jsonl").read_text().splitlines()) == 2
     assert json.loads((checkout / "pairs.jsonl").read_text())["bias"] == "age"
@@ -268,6 +270,7 @@ def test_workdir_holds_what_it_says(done, checkout):
         "predictions/",
         "starts.jsonl",
         "hang-0.txt",
+        "damaged/STEP/",
     }:
         assert (run / name).exists(), name
     assert (checkout / "runs" / "adapted" / "base.json").exists()
