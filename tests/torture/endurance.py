@@ -76,7 +76,7 @@ def torture(folder: pathlib.Path, minutes: float) -> dict[str, object]:
         name: [
             statistics.median(x[name] for x in part)
             for part in (seen[fifth : 2 * fifth], seen[-fifth:])
-        ]  # fmt: skip
+        ]
         for name in _MOST
     } | {"steps": steps, "minutes": minutes}
 
