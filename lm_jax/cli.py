@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -18,6 +19,9 @@ from lm_jax import rendezvous
 from lm_jax.config import Config
 from lm_jax.config_keys import nearest_key, walk
 from lm_jax.errors import AGAIN, WRONG, UserError, ended_by
+
+# What the user can mend: no room, no rights.
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 flags.disclaim_key_flags()  # a flag defined here belongs, in --help, to the entry point that asked
 
@@ -163,6 +167,10 @@ def run(main: Callable[[list[str]], None]) -> None:
                 " model.remat=full, lower data.batch_size or raise mesh.fsdp; else lower"
                 f" --batch_size\n{e}"
             )
+        except OSError as e:
+            if e.errno not in _OF_THE_DISK:
+                _raise_in_job(e)
+            _fail(f"{e.filename or 'writing'}: {e.strerror}")
         except Exception as e:
             _raise_in_job(e)
         except KeyboardInterrupt:

@@ -8,6 +8,7 @@ orbax's own affair.
 
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -203,7 +204,7 @@ class Log:
     """A text file that grows.
 
     In a bucket it is written from time to time, beside what else is done, and by `flush`. That the
-    bucket does not take it is said once; it is tried again with the next lines.
+    disk or the bucket does not take it is said once; it is tried again with the next lines.
     """
 
     def __init__(self, path: str):
@@ -211,30 +212,57 @@ class Log:
         self._uploads = self._upload = None
         self._warned = False
         if not remote(path):
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+            self._open()
             return
         if exists(path):
             self._text = read_text(path)
         self._uploads = concurrent.futures.ThreadPoolExecutor(1, "lm_jax-log")
 
     def write(self, text: str) -> None:
-        if self._file is not None:
-            self._file.write(text)
-            self._file.flush()
-            return
         self._text += text
-        if time.monotonic() - self._written > _UPLOAD_EVERY:
+        if self._uploads is None:
+            self._put_here()
+        elif time.monotonic() - self._written > _UPLOAD_EVERY:
             self._start()
+
+    def _open(self) -> None:
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed in close)
+        self._size = os.fstat(self._file.fileno()).st_size
+
+    def _put_here(self) -> None:
+        """Adds what there is to the local file, all of it or nothing."""
+        try:
+            if self._file is None or not os.path.exists(self._path):  # who took it away took all
+                if self._file is not None:
+                    self._file.close()
+                os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
+                self._open()
+            data = self._text.encode()
+            try:
+                if self._file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                os.ftruncate(self._file.fileno(), self._size)
+                raise
+        except OSError as e:
+            self._warn(e)
+        else:
+            self._size += len(data)
+            self._text, self._warned = "", False
 
     def flush(self) -> None:
         """What was written so far is in the file, if it can be."""
-        if self._file is None:
+        if self._uploads is None:
+            self._put_here()
+        else:
             self._start()
             self._upload.result()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._uploads is None:
+            self._put_here()
+            if self._file is not None:
+                self._file.close()
             return
         self.flush()
         self._uploads.shutdown()
@@ -249,11 +277,14 @@ class Log:
         try:
             write_whole(self._path, text)
         except (OSError, UserError) as e:
-            if not self._warned:
-                print(f"warning: {self._path} is not written now: {e}", file=sys.stderr, flush=True)
-            self._warned = True
+            self._warn(e)
         else:
             self._warned = False
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            print(f"warning: {self._path} is not written now: {error}", file=sys.stderr, flush=True)
+        self._warned = True
 
 
 @contextlib.contextmanager

@@ -155,6 +155,15 @@ class _Run:
 
     def go(self, state: TrainState, start: int, origin: str) -> int:
         """From step `start` to the end; returns the signal that ended it, or 0."""
+        try:
+            caught = self._go(state, start, origin)
+        except BaseException:
+            self.ledger.end(start if self.newest is None else self.newest.step)
+            self.metrics.close()
+            raise
+        return caught
+
+    def _go(self, state: TrainState, start: int, origin: str) -> int:
         steps = self.config.training.steps
         self._begin_log(start)
         for line in greeting(self.config, self.mesh, self.tokenizer, state, self.step.rates):
@@ -301,7 +310,8 @@ class _Run:
         self._save(state, step)
         where = ""
         if self.exhibits:
-            where = write_down(self.workdir, f"step-{last}", self.exhibits, self.tokenizer)
+            with contextlib.suppress(OSError):  # a full disk is not what is to be told here
+                where = write_down(self.workdir, f"step-{last}", self.exhibits, self.tokenizer)
         raise UserError(
             f"the loss or the gradient was no number at {last - first + 1} steps in a row, {first}"
             f" to {last}: lower optimizer.learning_rate or lengthen the warm-up;"

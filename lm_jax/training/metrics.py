@@ -1,17 +1,16 @@
 """Metrics to the terminal, to JSON lines, to TensorBoard and, on request, to Weights & Biases."""
 
-import contextlib
 import hashlib
 import json
 import os
 import sys
 import time
-from typing import Any
 
 from lm_jax import paths
 from lm_jax.config import Config
 from lm_jax.errors import UserError
 from lm_jax.progress import clock
+from lm_jax.training.events import Events
 
 
 class Metrics:
@@ -33,13 +32,8 @@ class Metrics:
         path = os.path.join(workdir, "metrics.jsonl")
         self.measured = _drop_after(path, start)
         self._file = paths.Log(path)
-        self._events = contextlib.ExitStack()
         if config.logging.tensorboard:
-            # In a bucket, the events are there when the run ends.
-            folder = paths.folder_for_writing(os.path.join(workdir, "tensorboard"))
-            self._tensorboard = _summary_writer(
-                self._events.enter_context(folder), purge_step=start + 1
-            )
+            self._tensorboard = Events(os.path.join(workdir, "tensorboard"), start)
         if config.logging.wandb:
             self._wandb = _start_wandb(workdir, config)
         if sys.stderr.isatty():
@@ -59,8 +53,7 @@ class Metrics:
             return
         self._file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
         if self._tensorboard:
-            for key, value in values.items():
-                self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
+            self._tensorboard.add({f"{kind}/{key}": v for key, v in values.items()}, step)
         if self._wandb:
             self._wandb.log({f"{kind}/{key}": v for key, v in values.items()}, step=step)
 
@@ -90,14 +83,16 @@ class Metrics:
             self._file.flush()
 
     def close(self) -> None:
+        """Nothing is written afterwards."""
         if not self._active:
             return
         self._file.close()
-        for other in (self._bar, self._tensorboard, self._events):
+        for other in (self._bar, self._tensorboard):
             if other is not None:
                 other.close()
         if self._wandb:
             self._wandb.finish()
+        self._active = False
 
 
 class Stopwatch:
@@ -119,20 +114,6 @@ class Stopwatch:
         seconds = now - self._started - self._paused
         self._started, self._paused = now, 0.0
         return seconds
-
-
-def _summary_writer(*args: Any, **kwargs: Any) -> Any:
-    """A `tensorboardX.SummaryWriter`. Where PyTorch is installed, it would be imported too, which
-    takes seconds, and scalars need none of it."""
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None  # as if it were not installed
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hidden:
-            del sys.modules["torch"]
-    return SummaryWriter(*args, **kwargs)
 
 
 def _drop_after(path: str, step: int) -> set[tuple[str, int]]:

@@ -53,10 +53,11 @@ class Occasions:
             answer when it asks as often as the others.
         """
         self._metrics, self._log, self._ledger, self._stop = metrics, log, ledger, stop
-        measured = together.said_by_first(sorted(metrics.measured))
-        self._done = {(kind, at) for kind, at in measured} | {("sample", start)}
-        if self._answering and not together.said_by_first(is_answered(self._answering, start)):
-            self._done.discard(("task", start))  # later ones are not there yet
+        with jax.transfer_guard("allow"):
+            measured = together.said_by_first(sorted(metrics.measured))
+            self._done = {(kind, at) for kind, at in measured} | {("sample", start)}
+            if self._answering and not together.said_by_first(is_answered(self._answering, start)):
+                self._done.discard(("task", start))  # later ones are not there yet
 
     def at(self, state: TrainState, step: int) -> None:
         """Does what is due at a step in the middle of the run."""
@@ -71,7 +72,7 @@ class Occasions:
                 if self._stop():
                     return  # what is left is done when the run goes on
                 with self._log.paused(), self._ledger.spent(_CAUSES[kind]):
-                    action(state, step)
+                    self._do(action, state, step)
 
     def at_the_end(self, state: TrainState, step: int) -> None:
         """Does what is due at the last step. What a run that was stopped here did not come to is
@@ -85,7 +86,14 @@ class Occasions:
                 return
             if wanted and (kind, step) not in self._done:
                 with self._ledger.spent(_CAUSES[kind]):
-                    action(state, step)
+                    self._do(action, state, step)
+
+    def _do(self, action: Callable[[TrainState, int], None], state: TrainState, step: int) -> None:
+        """That the disk does not take what comes of it ends no run."""
+        try:
+            action(state, step)
+        except OSError as e:
+            self._metrics.say(f"warning: step {step}: not written: {e}")
 
     def _evaluate(self, state: TrainState, step: int) -> None:
         training = self._config.training

@@ -66,7 +66,15 @@ def main() -> None:
 
 
 def _flags(corpus: pathlib.Path) -> list[str]:
-    return tiny(corpus, training__steps=STEPS, checkpoint__every=20, checkpoint__keep=3)
+    return tiny(
+        corpus,
+        training__steps=STEPS,
+        training__sample_every=50,
+        training__sample_tokens=4,
+        checkpoint__every=20,
+        checkpoint__keep=3,
+        logging__tensorboard=True,
+    )
 
 
 @contextlib.contextmanager
