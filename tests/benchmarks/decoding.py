@@ -14,11 +14,11 @@ Seen on two CPU cores, float32, 64 tokens after 32, with --rounds=3:
 
 | shape | rows | lm_jax, tokens/s | Transformers | times | of the bandwidth |
 |---|---|---|---|---|---|
-| smollm2_135m | 1 | 16.3 | 10.5 | 1.55 | 76% |
-| smollm2_135m | 16 | 91.1 | 53.7 | 1.70 | 49% |
-| gpt2_124m | 1 | 15.1 | 9.8 | 1.53 | 79% |
-| gpt2_124m | 16 | 106.3 | 37.7 | 2.82 | 36% |
-| smollm2_135m, int8 | 1 | 30.5 | 11.6 | 2.62 | 20% |
+| smollm2_135m | 1 | 28.0 | 13.8 | 2.03 | 77% |
+| smollm2_135m | 16 | 194 | 102 | 1.91 | 28% |
+| gpt2_124m | 1 | 36.0 | 19.8 | 1.81 | 76% |
+| gpt2_124m | 16 | 213 | 105 | 2.03 | 27% |
+| smollm2_135m, int8 | 1 | 33.3 | 11.9 | 2.81 | 20% |
 """
 
 import argparse

@@ -13,9 +13,9 @@ Seen on two CPU cores, float32, in milliseconds a step:
 
 | shape | lm_jax | PyTorch, eager | PyTorch, compiled |
 |---|---|---|---|
-| nanogpt_cpu, --steps=20 | 81.8 | 86.1 | 77.1 |
-| gpt, --rounds=4 | 2811 | 2719 | 2648 |
-| gpt2_124m_short | 7788 | 7905 | 7428 |
+| nanogpt_cpu | 59.3 | 55.6 | 51.9 |
+| gpt | 1778 | 1731 | 1679 |
+| gpt2_124m_short, --rounds=2 | 6774 | 6878 | 6321 |
 """
 
 import argparse
