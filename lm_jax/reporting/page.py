@@ -10,7 +10,8 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
 from lm_jax import paths
-from lm_jax.config import Config, walk
+from lm_jax.config import Config
+from lm_jax.config_keys import walk
 from lm_jax.errors import UserError
 from lm_jax.evaluation.metrics import METRICS
 from lm_jax.page import assemble

@@ -125,7 +125,7 @@ def _drop_after(path: str, step: int) -> set[tuple[str, int]]:
     for line in paths.read_text(path).splitlines(keepends=True):
         try:
             record = json.loads(line)
-            if record["step"] <= step:
+            if record.get("to", record["step"]) <= step:  # 'to': where a run went back to
                 kept.append(line)
                 there.add((record["kind"], record["step"]))
         except (json.JSONDecodeError, KeyError, TypeError):
