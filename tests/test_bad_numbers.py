@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import shutil
 import types
 
 import commands
@@ -141,7 +142,12 @@ def test_a_spike_takes_the_run_back_and_past_the_text(corpus, tmp_path, batches,
     config = config_of(corpus, **SPIKE)
     found = train(config, tmp_path / "run")
     assert [(r["step"], r["to"]) for r in found if r["kind"] == "rewound"] == [(35, 20)]
-    assert steps_of("train", found) == list(range(1, 61))
+    # What was undone stays to be looked at, before the line that says so.
+    at = [r["kind"] for r in found].index("rewound")
+    assert steps_of("train", found[:at]) == list(range(1, 35))
+    assert steps_of("train", found[at:]) == list(range(21, 61))
+    undone = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [int(p.name) for p in undone] == [10, 20, 30, 40, 50, 60]
     # Step 35 was found out while step 36 ran: step 21 is now of the batch behind that.
     assert seen.order[:36] == batches[:36] and seen.order[36:60] == batches[36:]
     assert len(seen.order) == 36 + 40
@@ -165,9 +171,32 @@ def test_a_run_goes_back_only_so_often_and_only_to_what_is_saved(
     seen.wrong = dict.fromkeys((batches[34], batches[58]), noise)
     with pytest.raises(UserError, match="has gone back 1 times, as often as faults"):
         train(config_of(corpus, **SPIKE, faults__rewinds=1), tmp_path / "run")
+    # The state behind the spike is not saved, in whose favour good ones would be removed.
+    assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())[-1] == 40
     found = train(config_of(corpus, **SPIKE, checkpoint__every=0), tmp_path / "unsaved")
     assert steps_of("rewound", found) == []
     assert "there is no checkpoint to go back to" in capfd.readouterr().err
+
+
+def test_adapters_go_back_too(corpus, tmp_path, batches, seen):
+    train(config_of(corpus), tmp_path / "base")
+    config = config_of(corpus, **SPIKE)
+    config.model.lora.rank, config.init_from = 2, str(tmp_path / "base")
+    seen.order.clear()
+    train(config, tmp_path / "clean")
+    seen.wrong = {seen.order[34]: noise}
+    found = train(config, tmp_path / "run")
+    assert [(r["step"], r["to"]) for r in found if r["kind"] == "rewound"] == [(35, 20)]
+
+
+def test_the_line_of_a_rewind_outlives_a_restart(corpus, tmp_path, batches, seen):
+    seen.wrong = {batches[34]: noise}
+    for steps in (36, 40):
+        found = train(config_of(corpus, **SPIKE, training__steps=steps), tmp_path / "run")
+        if steps == 36:  # killed on its way from 30 to 36
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / "36")
+    assert [(r["step"], r["to"]) for r in found if r["kind"] == "rewound"] == [(35, 20)]
+    assert replay(str(tmp_path / "run"), 25)["note"].startswith("the run went back to step 20")
 
 
 def test_a_step_is_replayed_bit_for_bit(corpus, tmp_path, batches):

@@ -125,6 +125,22 @@ def test_two_processes_learn_as_one_does(whole, one, flags, tmp_path):
             assert losses(copy)[step] == pytest.approx(loss, abs=1e-5)
 
 
+def test_what_one_process_cannot_read_no_other_waits_for(whole, flags, tmp_path):
+    copy = shutil.copytree(whole, tmp_path / "run")
+    (newest, before) = sorted((copy / "checkpoints").iterdir(), key=lambda p: -int(p.name))[:2]
+    for path in newest.glob("parameters/ocdbt.process_1/d/*"):
+        path.unlink()
+    printed = []
+    with Processes(flags(copy)) as processes:
+        for process in processes:
+            printed.append(process.communicate(timeout=200)[1])
+            assert process.returncode == 0, printed
+    assert f"goes on from step {before.name}, the newest that is intact" in printed[0]
+    assert (copy / "damaged" / newest.name).is_dir()
+    for step, loss in losses(whole).items():
+        assert losses(copy)[step] == pytest.approx(loss, abs=1e-5)
+
+
 def test_a_process_that_stops_or_dies_ends_both_and_both_go_on(whole, flags, tmp_path):
     workdir = tmp_path / "run"
     with Processes(flags(workdir)) as processes:  # before there is anything to save

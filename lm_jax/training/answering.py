@@ -7,6 +7,7 @@ intervals. WORKDIR/best is a run of its own, of one checkpoint: `generate --mode
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from lm_jax import paths
 from lm_jax.config import CheckpointConfig, Config
 from lm_jax.data.sources import documents
 from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
 from lm_jax.evaluation.metrics import METRICS, check_references
 from lm_jax.evaluation.output import write_whole
 from lm_jax.evaluation.tasks import Result, Stopped, metrics_of, run_task, settings_of
@@ -23,6 +25,7 @@ from lm_jax.model.transformer import Transformer
 from lm_jax.progress import progress
 from lm_jax.training import together
 from lm_jax.training.checkpoint import Checkpoints, stored
+from lm_jax.training.checkpoint_errors import Unsaved
 from lm_jax.training.step import TrainState
 
 PREDICTIONS, BEST = "predictions", "best"
@@ -77,10 +80,13 @@ class Answering:
                 return None
         if self.first:
             folder = os.path.join(self.workdir, PREDICTIONS)
-            paths.makedirs(folder)
             settings = {"step": step, "dtype": self.config.model.dtype} | self.settings
             path = os.path.join(folder, f"{step}.jsonl")
-            write_whole(path, result.records, settings, result.report())
+            try:
+                paths.makedirs(folder)
+                write_whole(path, result.records, settings, result.report())
+            except OSError as e:  # the scores are known, and the other processes go on with them
+                print(f"warning: {path} is not written: {e}", file=sys.stderr, flush=True)
         return result
 
     def keep(self, step: int, state: TrainState, result: Result) -> tuple[bool, str]:
@@ -116,15 +122,23 @@ class Answering:
                     checkpoints.delete(step)
                 checkpoints.save_parameters(step, stored(state.all_parameters))
                 checkpoints.wait()
-                if self.first:
-                    self.settle(self.folder)
-                    paths.write_whole(os.path.join(self.folder, SCORE), json.dumps(now) + "\n")
+                if why := together.said_by_first(self._write_score(now) if self.first else ""):
+                    raise Unsaved(f"the best checkpoint, of step {step}, has no score: {why}")
             if best or before:  # a kill may have left others, which would be read as the newest
                 kept = step if best else before["step"]
                 for other in together.said_by_first(checkpoints.steps()):
                     if other != kept:
                         checkpoints.delete(other)
         return best, note
+
+    def _write_score(self, score: dict[str, Any]) -> str:
+        """Makes the folder of the best checkpoint a run with a score; why it cannot, or ''."""
+        try:
+            self.settle(self.folder)
+            paths.write_whole(os.path.join(self.folder, SCORE), json.dumps(score) + "\n")
+        except (OSError, UserError) as e:
+            return str(e)
+        return ""
 
     def _score(self, steps: list[int]) -> dict[str, Any] | None:
         """What is said of the best checkpoint so far; None where there is none of these steps."""

@@ -11,11 +11,11 @@ One that fails does nothing.
 """
 
 import contextlib
+import math
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,28 +25,28 @@ from jax.sharding import Mesh
 
 from lm_jax import paths
 from lm_jax.config import CheckpointConfig
-from lm_jax.errors import UserError
+from lm_jax.errors import Interrupted, UserError
 from lm_jax.model import parameters as params_lib
 from lm_jax.model.lora import is_adapter
 from lm_jax.model.parameters import Parameters
 from lm_jax.model.transformer import Transformer, skeleton_of
 from lm_jax.sharding.mesh import check_parameters
 from lm_jax.training import storage, together
+from lm_jax.training.checkpoint_errors import (
+    STORE,
+    Damaged,
+    OtherModel,
+    Unsaved,
+    damaged,
+    error_of,
+    said,
+    why_unreadable,
+)
 from lm_jax.training.checksums import differing, item_sums, json_sum
 from lm_jax.training.step import TrainState
 
 DAMAGED = "damaged"  # the folder of a workdir where a run puts what it could not read
-# What orbax, tensorstore and the system raise where a store does not take or give what it should.
-_STORE = (OSError, ValueError, RuntimeError)
 Place = dict[str, Any]  # 'lanes': the state of each by its number; and whatever else is to be kept
-
-
-class Damaged(UserError):
-    """A checkpoint that is not what was saved."""
-
-
-class Unsaved(UserError):
-    """A checkpoint that could not be saved. Those before it are there as they were."""
 
 
 class Checkpoints:
@@ -89,7 +89,7 @@ class Checkpoints:
             if kind is None:
                 self.wait()
         finally:
-            with contextlib.suppress(*_STORE) if kind or self.begun else contextlib.nullcontext():
+            with contextlib.suppress(*STORE) if kind or self.begun else contextlib.nullcontext():
                 self._manager.close()
 
     def steps(self) -> list[int]:
@@ -120,7 +120,8 @@ class Checkpoints:
           place: fit for JSON; of several processes, each gives its own lanes, and all else alike.
 
         Raises:
-          Unsaved: this one, or the one before; on all processes alike, where it can be known.
+          Unsaved: this one, or the one before; on all processes alike.
+          Interrupted: of several processes this one alone could not do its part.
         """
         rest = {"step": state.step, "state": state.optimizer}
         data = {"lanes": {}} | place
@@ -160,9 +161,8 @@ class Checkpoints:
             try:
                 # Else none before the newest is saved.
                 self._manager.save(step, args=ocp.args.Composite(**items), force=data is None)
-            except _STORE as e:
-                self._reopen()
-                failed = "\n".join(filter(None, [failed, _unsaved(step, _said(e))]))
+            except STORE as e:
+                failed = "\n".join(filter(None, [failed, self._failed(said(e))]))
         if failed:
             raise Unsaved(failed)
 
@@ -179,27 +179,35 @@ class Checkpoints:
             raise Unsaved(failed)
 
     def _failure_before(self) -> str:
-        """Waits for the save that was begun; why some process could not do its part, or ''."""
+        """Waits for the save that was begun; what is to be said of it if it failed, or ''."""
         if self.begun is None:
             return ""
-        why = ""
         try:
             self._manager.wait_until_finished()
-        except _STORE as e:
-            why = _said(e)
-        why, step = next(filter(None, together.of_all(why)), ""), self.begun
-        if not why:
-            self.begun = None
-            return ""
+        except STORE as e:
+            return self._failed(said(e))
+        self.begun = None
+        return ""
+
+    def _failed(self, why: str) -> str:
+        """What is to be said of the save that was begun.
+
+        Raises:
+          Interrupted: of several processes the others wait for this one's part of it; all are to be
+            started again.
+        """
+        said = _unsaved(self.begun, why)
+        if jax.process_count() > 1:
+            raise Interrupted(f"{said} by process {jax.process_index()}; the same command goes on")
         self._reopen()
-        return _unsaved(step, why)
+        return said
 
     def _reopen(self) -> None:
         """After a failure: what was left half is removed, and what is there is looked up again."""
         self.begun = None
-        with contextlib.suppress(*_STORE):
+        with contextlib.suppress(*STORE):
             self._manager.close()
-        with contextlib.suppress(*_STORE):  # it is tried again with the next save
+        with contextlib.suppress(*STORE):  # it is tried again with the next save
             self._open()
 
     def _obstacle(self, size: int) -> tuple[bool, str]:
@@ -232,12 +240,11 @@ class Checkpoints:
           UserError: it is of another model.
         """
         wanted = stored(abstract.all_parameters)
-        self._check(step, wanted)
-        rest = {"step": abstract.step, "state": abstract.optimizer}
         got = self._restore(
             step,
+            wanted,
+            optimizer=storage.onto({"step": abstract.step, "state": abstract.optimizer}, mesh),
             parameters=storage.onto(wanted, mesh),
-            optimizer=storage.onto(rest, mesh),
             data=ocp.args.JsonRestore(),
         )
         optimizer, whole = got["optimizer"], (base or {}) | got["parameters"]
@@ -250,28 +257,33 @@ class Checkpoints:
         return state, got["data"] if "lanes" in got["data"] else {"lanes": got["data"]}
 
     def restore_newest(
-        self, abstract: TrainState, mesh: Mesh, base: Parameters | None = None
+        self,
+        abstract: TrainState,
+        mesh: Mesh,
+        base: Parameters | None = None,
+        last: float = math.inf,
     ) -> tuple[int, TrainState, Place] | None:
         """As `restore`, of the newest that is as it was saved; None if there is none at all.
+
+        Args:
+          last: the step that it may be of at most.
 
         That newer ones are damaged is said, and they are moved to WORKDIR/damaged, as the run will
         come to their steps again.
 
         Raises:
-          UserError: all of them are damaged.
+          UserError: all of them are damaged, or of another model.
+          Interrupted: they cannot be read now.
         """
         wrong: dict[int, str] = {}
-        for step in reversed(together.said_by_first(self.steps())):
-            found, why = None, ""
+        for step in reversed([s for s in together.said_by_first(self.steps()) if s <= last]):
             try:
                 found = self.restore(step, abstract, mesh, base)
-            except UserError as e:
-                why = str(e)
-            why = next(filter(None, together.of_all(why)), "")
-            if not why:
-                self._put_aside(wrong, step)
-                return step, *found
-            wrong[step] = why
+            except Damaged as e:
+                wrong[step] = str(e)
+                continue
+            self._put_aside(wrong, step)
+            return step, *found
         if not wrong:
             return None
         raise UserError("\n".join([*wrong.values(), "there is no other to go on from"]))
@@ -298,43 +310,42 @@ class Checkpoints:
           UserError: they are of another model.
         """
         abstract = stored(abstract)
-        self._check(step, abstract)
         restore = storage.onto(abstract, mesh)
-        return self._restore(step, parameters=restore)["parameters"]
+        return self._restore(step, abstract, parameters=restore)["parameters"]
 
-    def _restore(self, step: int, **items: Any) -> Any:
-        """The items, each of them as its sums say that it was."""
-        trees = [item.item for name, item in items.items() if name in storage.ARRAYS]
-        if paths.isdir(os.path.join(self.folder, str(step), "sums")):
-            items["sums"] = ocp.args.JsonRestore()
-        with self._readable(step):
-            with storage.reader(self.folder, jax.tree.leaves(trees)) as reader:
-                got = reader.restore(step, args=ocp.args.Composite(**items))
-            got = {name: got[name] for name in items}
-            with jax.transfer_guard("allow"):
-                wrong = differing(got, got.pop("sums", None))
-            if wrong:
-                raise ValueError(f"{wrong} is not what was saved")
+    def _restore(self, step: int, expected: Parameters, **items: Any) -> Any:
+        """The items, each of them as its sums say that it was. All processes get them, or the same
+        error: what one of them cannot read, the others do not wait for."""
+        got, wrong = None, None
+        what = f"the checkpoint of step {step} in '{self.folder}'"
+        try:
+            self._check(step, expected)
+            got = self._read(step, items)
+        except UserError as e:
+            wrong = [type(e).__name__, str(e)]
+        except Exception as e:  # where bytes are wrong, anything may go wrong in who reads them
+            wrong = why_unreadable(e, what)
+        if wrong := next(filter(None, together.of_all(wrong)), None):
+            raise error_of(wrong)
+        with jax.transfer_guard("allow"):
+            sums, _ = item_sums({name: got[name] for name in items if name in storage.ARRAYS})
+        other = differing(sums, got.get("data"), got.get("sums"))
+        if other := next(filter(None, together.of_all(other)), ""):
+            raise damaged(what, f"{other} is not what was saved")
         return got
 
-    @contextlib.contextmanager
-    def _readable(self, step: int) -> Iterator[None]:
-        """Says which checkpoint it is that cannot be read."""
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as e:  # where bytes are wrong, anything may go wrong in who reads them
-            raise Damaged(
-                f"the checkpoint of step {step} in '{self.folder}' is damaged, or of another"
-                f" optimizer ({_said(e)})"
-            ) from None
+    def _read(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+        trees = [item.item for name, item in items.items() if name in storage.ARRAYS]
+        if paths.isdir(os.path.join(self.folder, str(step), "sums")):
+            items = items | {"sums": ocp.args.JsonRestore()}
+        with storage.reader(self.folder, jax.tree.leaves(trees)) as reader:
+            got = reader.restore(step, args=ocp.args.Composite(**items))
+        return {name: got[name] for name in items}
 
     def _check(self, step: int, expected: Parameters) -> None:
-        """Raises UserError naming each parameter that is missing, unknown or of another shape."""
-        with self._readable(step):
-            found = self._manager.item_metadata(step)["parameters"]
-            found = {k: tuple(v.shape) for k, v in getattr(found, "tree", found).items()}
+        """Raises OtherModel naming each parameter that is missing, unknown or of another shape."""
+        found = self._manager.item_metadata(step)["parameters"]
+        found = {k: tuple(v.shape) for k, v in getattr(found, "tree", found).items()}
         wrong = [
             f"{name}: expected {expected[name].shape if name in expected else 'nothing'},"
             f" found {found.get(name, 'nothing')}"
@@ -342,7 +353,7 @@ class Checkpoints:
             if name not in found or name not in expected or found[name] != expected[name].shape
         ]
         if wrong:
-            raise UserError(
+            raise OtherModel(
                 f"the checkpoint of step {step} in '{self.folder}' is of another model:\n  "
                 + "\n  ".join(wrong)
             )
@@ -350,11 +361,6 @@ class Checkpoints:
 
 def _unsaved(step: int, why: str) -> str:
     return f"the checkpoint of step {step} could not be saved: {why}"
-
-
-def _said(error: Exception) -> str:
-    """The first line of an error, or what it is called."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def stored(parameters: Parameters) -> Parameters:

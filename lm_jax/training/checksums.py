@@ -54,24 +54,24 @@ def json_sum(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def differing(items: Mapping[str, Any], known: Mapping[str, Any] | None) -> str:
-    """What of the items has another sum than it had when they were saved, or ''.
+def differing(found: Mapping[str, Mapping[str, str]], data: Any, known: Any) -> str:
+    """What has another sum than it had when it was saved, or ''.
 
     Args:
-      items: trees of arrays, and 'data', which is JSON.
-      known: their sums, and perhaps those of other items; None: there are none, as of a checkpoint
-        that is older than they are.
+      found: the sums of items, as `item_sums` gives them.
+      data: what is to have the sum 'data' among the known; None: it was not read.
+      known: the sums when they were saved, perhaps of more items, if they can be made out; None:
+        there are none, as of a checkpoint that is older than they are.
     """
-    data = items.get("data")
     if known is None:
         return "the item 'sums', which is missing," if data and "lanes" in data else ""
+    if not (isinstance(known, dict) and all(isinstance(known.get(i), dict) for i in found)):
+        return "the item 'sums'"
     if data is not None and known.get("data") != json_sum(data):
         return "the place in the data"
-    found, _ = item_sums({name: tree for name, tree in items.items() if name != "data"})
     for item, sums in found.items():
-        saved = known.get(item, {})
-        for path in sorted(sums.keys() | saved.keys()):
-            if sums.get(path) != saved.get(path):
+        for path in sorted(sums.keys() | known[item].keys()):
+            if sums.get(path) != known[item].get(path):
                 return f"{item}{path}"
     return ""
 

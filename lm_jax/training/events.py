@@ -50,6 +50,14 @@ class Events:
                 self._file.flush()
                 self._next_flush = time.monotonic() + _FLUSH_EVERY
 
+    def go_back(self, step: int) -> None:
+        """What was added of later steps is to be forgotten."""
+        self._newest = step
+        if self._file is not None:
+            with self._given_up_on_failure():
+                self._void()
+                self._file.flush()
+
     def close(self) -> None:
         with self._given_up_on_failure():
             if self._file is not None:
@@ -57,17 +65,20 @@ class Events:
         self._folders.close()
 
     def _begin(self) -> None:
-        proto = self._library.proto.event_pb2
         with self._given_up_on_failure():
             os.makedirs(self._folder, exist_ok=True)
             self._file = self._library.event_file_writer.EventsWriter(
                 os.path.join(self._folder, "events"), f".{os.getpid()}.{next(_NUMBER)}"
             )
-            # From here on, what was said of this step and later ones is void.
-            log = proto.SessionLog(status=proto.SessionLog.START)
-            self._write(step=self._newest + 1, session_log=log)
+            self._void()
             self._file.flush()
             self._next_flush = time.monotonic() + _FLUSH_EVERY
+
+    def _void(self) -> None:
+        """What was said of the steps behind the newest is void."""
+        proto = self._library.proto.event_pb2
+        log = proto.SessionLog(status=proto.SessionLog.START)
+        self._write(step=self._newest + 1, session_log=log)
 
     def _write(self, **event: Any) -> None:
         event_pb2 = self._library.proto.event_pb2

@@ -157,7 +157,9 @@ class Ledger:
         self._log.write(json.dumps(line) + "\n")
 
     def end(self, step: int) -> None:
-        """The last record of this life."""
+        """The last record of this life; none, if it has not come to `resumed`."""
+        if self._from is None:
+            return
         self.record(step)
         if self._log is not None:
             self._log.close()

@@ -18,7 +18,8 @@ from lm_jax.errors import UserError
 from lm_jax.model.lora import base_config
 from lm_jax.model.parameters import Parameters
 from lm_jax.training import together, weights
-from lm_jax.training.checkpoint import Checkpoints, Unsaved
+from lm_jax.training.checkpoint import Checkpoints
+from lm_jax.training.checkpoint_errors import Unsaved
 from lm_jax.training.health import Health
 from lm_jax.training.step import Step, TrainState
 
@@ -67,19 +68,19 @@ class Keeper:
         from, for a reader."""
         model = self._config.model
         begun = together.said_by_first(self._checkpoints.latest()) is not None
-        self._given: Parameters = {}
+        given: Parameters = {}
         origin = f"starts afresh, seed {self._config.training.seed}"
         if model.lora.rank or (not begun and self._config.init_from):
             self.source = weights.source_of(self._workdir, self._config)
             origin = f"starts from the weights of {self.source}"
-            self._given = weights.load_start(self.source, base_config(model), self._mesh)
-            if self._config.data.objective in OWN_HEADS and "head" not in self._given:
+            given = weights.load_start(self.source, base_config(model), self._mesh)
+            if self._config.data.objective in OWN_HEADS and "head" not in given:
                 of = f" for {model.labels} classes" if model.labels else ""
                 origin += f", with a new head{of}"
         if not begun:
-            return jax.jit(self._step.init_from, donate_argnums=0)(self._given), 0, origin
+            return jax.jit(self._step.init_from, donate_argnums=0)(given), 0, origin
         abstract = jax.eval_shape(self._step.init)
-        step, state, place = self._checkpoints.restore_newest(abstract, self._mesh, self._given)
+        step, state, place = self._checkpoints.restore_newest(abstract, self._mesh, given)
         self._stream.set_state(place["lanes"])
         self._recall(step, place)
         origin = f"goes on from step {step} of {self._workdir}"
@@ -111,7 +112,7 @@ class Keeper:
         except Unsaved as e:
             said += f"warning: {e}\n"
         if self._checkpoints.begun == step:
-            if rendezvous.current and self.saved >= 0:  # the one before is finished
+            if rendezvous.current and self.saved >= 0 and not said:  # the one before is finished
                 rendezvous.current.saved = self.saved
             self.saved = step
         return said.rstrip()
@@ -140,26 +141,32 @@ class Keeper:
                     " command goes on from the newest checkpoint, if there is one"
                 )
 
-    def rewind(self, step: int) -> tuple[TrainState, int] | None:
+    def rewind(self, step: int, state: TrainState) -> tuple[TrainState, int] | None:
         """The state before a spike at a step, as it was saved, and its step; None if there is none.
         The input goes on where it is, past what led to the spike.
+
+        Args:
+          state: is given up, but for what is frozen: devices may have no room for two.
 
         Raises:
           UserError: what there is of checkpoints is damaged.
         """
+        last = step - _CLEAR
         with jax.transfer_guard("allow"):
             with contextlib.suppress(Unsaved):
                 self._checkpoints.wait()
             steps = together.said_by_first(self._checkpoints.steps())
-            if not steps or steps[0] > step - _CLEAR:
+            if not steps or steps[0] > last:
                 return None
-            for later in steps:
-                if later > step - _CLEAR:
-                    self._checkpoints.delete(later)
             rewinds, abstract = self.health.rewinds + 1, jax.eval_shape(self._step.init)
+            for x in jax.tree.leaves((state.parameters, state.optimizer)):
+                x.delete()
             target, state, place = self._checkpoints.restore_newest(
-                abstract, self._mesh, self._given
+                abstract, self._mesh, state.frozen, last
             )
+            for later in steps:
+                if later > last:
+                    self._checkpoints.delete(later)
         self._recall(target, place)
         self.health.rewinds = rewinds
         return state, target

@@ -30,7 +30,8 @@ from lm_jax.sharding.mesh import batch_block, make_mesh, to_devices
 from lm_jax.training import together, trainable, weights
 from lm_jax.training import workdir as workdir_lib
 from lm_jax.training.answering import Answering
-from lm_jax.training.checkpoint import Checkpoints, Unsaved, abstract_parameters
+from lm_jax.training.checkpoint import Checkpoints, abstract_parameters
+from lm_jax.training.checkpoint_errors import Unsaved
 from lm_jax.training.evidence import Exhibit, write_down
 from lm_jax.training.farewell import farewell
 from lm_jax.training.goodput import Ledger
@@ -41,7 +42,7 @@ from lm_jax.training.masking import make_masking
 from lm_jax.training.metrics import Metrics
 from lm_jax.training.occasions import Occasions
 from lm_jax.training.optimizer import check_rules
-from lm_jax.training.program import check_batch, jit_train_step
+from lm_jax.training.program import check_batch, jit_train_step, rows_here
 from lm_jax.training.signals import StopSignal
 from lm_jax.training.starts import counted
 from lm_jax.training.step import Step, TrainState, make_step, skeleton_of
@@ -118,6 +119,10 @@ def _train(config: Config, workdir: str, mesh: jax.sharding.Mesh, began: float) 
         return caught
 
 
+class _GivenUp(UserError):
+    """The state that the run has come to is not one to go on from."""
+
+
 class _Run:
     """One process's part of one life of a run, once data and devices are there."""
 
@@ -148,6 +153,7 @@ class _Run:
         )
         self.parts = batch_block(mesh)[1]
         self.tokens = 0.0  # real ones that were dispatched
+        self.metrics: Metrics | None = None
         self.newest: Done | None = None  # the step that was dispatched last
         self.batches: deque[Batch] = deque(maxlen=2)  # this process's, of it and the one before
         # Of steps that were left out, since the last one that was not.
@@ -159,12 +165,14 @@ class _Run:
             caught = self._go(state, start, origin)
         except BaseException:
             self.ledger.end(start if self.newest is None else self.newest.step)
-            self.metrics.close()
+            if self.metrics is not None:
+                self.metrics.close()
             raise
         return caught
 
     def _go(self, state: TrainState, start: int, origin: str) -> int:
         steps = self.config.training.steps
+        self.metrics = Metrics(self.workdir, self.config, start, active=jax.process_index() == 0)
         self._begin_log(start)
         for line in greeting(self.config, self.mesh, self.tokenizer, state, self.step.rates):
             self.metrics.say(line)
@@ -174,9 +182,8 @@ class _Run:
                 f"step {start} of {steps} is done: nothing left to train; more steps go on from"
                 " here"
             )
-        step = start
+        step, stop = start, StopSignal(self.mesh, worth_saving=False)
         self.ledger.resumed(start)
-        stop = StopSignal(self.mesh, worth_saving=False)
         with stop as self.stop, jax.transfer_guard("disallow"):
             self.occasions.begin(start, self.metrics, self.log, self.ledger, self._stop_now)
             if start == 0 < steps:
@@ -203,6 +210,8 @@ class _Run:
                 self.log.end(self.newest)
                 if step == steps and self.newest and not all(map(math.isfinite, self._unjudged())):
                     self._left_out(step, self._unjudged(), None)
+            except _GivenUp:
+                raise
             except UserError:  # a record that cannot be read, say: keep what was learned so far
                 # Of several processes the others wait elsewhere; this one's end ends them.
                 if self.newest is not None and jax.process_count() == 1:
@@ -223,7 +232,6 @@ class _Run:
         return caught
 
     def _begin_log(self, start: int) -> None:
-        self.metrics = Metrics(self.workdir, self.config, start, active=jax.process_index() == 0)
         self.log = StepLog(self.config, self.mesh, self.metrics, start, self.flops_per_token)
 
     def _say(self, text: str) -> None:
@@ -278,7 +286,7 @@ class _Run:
             case Verdict.FINE:
                 self.exhibits.clear()
             case Verdict.SPIKE:
-                return self._go_back(step, values[0])
+                return self._go_back(step, values[0], state)
             case verdict:
                 self._left_out(step, values, self.batches[0] if len(self.batches) == 2 else None)
                 if verdict is Verdict.TOO_MANY_SKIPPED:
@@ -312,14 +320,14 @@ class _Run:
         if self.exhibits:
             with contextlib.suppress(OSError):  # a full disk is not what is to be told here
                 where = write_down(self.workdir, f"step-{last}", self.exhibits, self.tokenizer)
-        raise UserError(
+        raise _GivenUp(
             f"the loss or the gradient was no number at {last - first + 1} steps in a row, {first}"
             f" to {last}: lower optimizer.learning_rate or lengthen the warm-up;"
             f" {self.keeper.finished()}"
             + (f"; what they were given is in {where}" if where else "")
         )
 
-    def _go_back(self, step: int, loss: float) -> tuple[TrainState, int] | None:
+    def _go_back(self, step: int, loss: float, state: TrainState) -> tuple[TrainState, int] | None:
         """Takes the run back to before a spike of the loss; None if it goes on as it is.
 
         Raises:
@@ -327,18 +335,21 @@ class _Run:
         """
         what = f"the loss {loss:.4f} at step {step} is far above those before"
         if self.keeper.health.rewinds >= self.config.faults.rewinds:
-            raise UserError(
+            raise _GivenUp(
                 f"{what}, and the run has gone back {self.keeper.health.rewinds} times, as often as"
                 f" faults.rewinds lets it: {self.keeper.finished()}"
             )
         self.ledger.record(self.newest.step)
         with self.ledger.spent("restore"):
-            back = self.keeper.rewind(step)
+            try:
+                back = self.keeper.rewind(step, state)
+            except UserError as e:
+                raise _GivenUp(f"{what}, and there is nothing to go back to: {e}") from None
         if back is None:
             self.metrics.say(f"warning: {what}; there is no checkpoint to go back to")
             return None
         self.ledger.resumed(back[1])
-        self.metrics.close()
+        self.metrics.go_back(back[1])
         self._begin_log(back[1])
         self.metrics.write("rewound", step, {"to": back[1], "loss": loss})
         self.metrics.say(
@@ -347,6 +358,7 @@ class _Run:
         )
         self.occasions.begin(back[1], self.metrics, self.log, self.ledger, self._stop_now)
         self.newest = None
+        self.batches.clear()
         self.exhibits.clear()
         return back
 
@@ -386,9 +398,3 @@ def _values(done: Done) -> tuple[float, float]:
     """Loss and norm of the gradient."""
     loss, norm = jax.device_get((done.metrics["loss"], done.metrics["gradient_norm"]))
     return float(loss), float(norm)
-
-
-def rows_here(mesh: jax.sharding.Mesh) -> dict[str, int]:
-    """Which rows of a batch this process reads, as `train_stream` takes it."""
-    index, count = batch_block(mesh)
-    return {"process_index": index, "process_count": count}

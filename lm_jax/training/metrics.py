@@ -57,6 +57,14 @@ class Metrics:
         if self._wandb:
             self._wandb.log({f"{kind}/{key}": v for key, v in values.items()}, step=step)
 
+    def go_back(self, step: int) -> None:
+        """The run goes on from an earlier step; what is written of later ones stays."""
+        if not self._active:
+            return
+        self.measured = {(kind, at) for kind, at in self.measured if at <= step}
+        if self._tensorboard:
+            self._tensorboard.go_back(step)
+
     def progress(self, step: int, text: str) -> None:
         """The live line on a terminal, a line of its own elsewhere."""
         if not self._active:
@@ -118,17 +126,22 @@ class Stopwatch:
 
 def _drop_after(path: str, step: int) -> set[tuple[str, int]]:
     """Removes the lines of steps that will be run again, and a line cut off by a kill; (kind, step)
-    of the others."""
+    of the others, without those that a run undid when it went back."""
     kept, there = [], set()
     if not paths.exists(path):
         return there
     for line in paths.read_text(path).splitlines(keepends=True):
         try:
             record = json.loads(line)
-            if record.get("to", record["step"]) <= step:  # 'to': where a run went back to
-                kept.append(line)
+            back = record.get("to")  # of kind 'rewound': the step that the run went back to
+            if (record["step"] if back is None else back) > step:
+                continue
+            kept.append(line)
+            if back is not None:
+                there = {(kind, at) for kind, at in there if at <= back}
+            else:
                 there.add((record["kind"], record["step"]))
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
             continue
     paths.write_whole(path, "".join(kept))
     return there

@@ -13,12 +13,14 @@ from lm_jax.data.held_out import validation_batches
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.evaluation.loss import byte_lengths, evaluate_loss
 from lm_jax.model import parameters as params_lib
-from lm_jax.sharding.mesh import batch_block, to_devices
+from lm_jax.sharding.mesh import to_devices
 from lm_jax.training import together
 from lm_jax.training.answered import is_answered
 from lm_jax.training.answering import Answering
+from lm_jax.training.checkpoint_errors import Unsaved
 from lm_jax.training.goodput import Ledger
 from lm_jax.training.metrics import Metrics
+from lm_jax.training.program import rows_here
 from lm_jax.training.samples import sample
 from lm_jax.training.step import Step, TrainState
 from lm_jax.training.steplog import StepLog
@@ -92,19 +94,17 @@ class Occasions:
         """That the disk does not take what comes of it ends no run."""
         try:
             action(state, step)
-        except OSError as e:
+        except (OSError, Unsaved) as e:
             self._metrics.say(f"warning: step {step}: not written: {e}")
 
     def _evaluate(self, state: TrainState, step: int) -> None:
         training = self._config.training
-        index, count = batch_block(self._mesh)
         batches = validation_batches(
             self._config.data,
             self._tokenizer,
             batch_size=training.evaluate_batch_size,
             max_batches=training.evaluate_batches,
-            process_index=index,
-            process_count=count,
+            **rows_here(self._mesh),
         )
         values = evaluate_loss(
             lambda batch, i: self._evaluate_step(

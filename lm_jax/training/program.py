@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from lm_jax.config import Config, DataConfig
 from lm_jax.errors import UserError
 from lm_jax.sharding.compiler import options_of
-from lm_jax.sharding.mesh import batch_sharding, batch_shards
+from lm_jax.sharding.mesh import batch_block, batch_sharding, batch_shards
 from lm_jax.training.step import Step, TrainState
 
 
@@ -60,3 +60,9 @@ def check_batch(config: Config, mesh: Mesh) -> None:
             f"data.length = {config.data.length} tokens do not divide over mesh.sequence ="
             f" {parts}: change one of them"
         )
+
+
+def rows_here(mesh: Mesh) -> dict[str, int]:
+    """Which rows of a batch this process reads, as `lm_jax.data.loader.train_stream` takes it."""
+    index, count = batch_block(mesh)
+    return {"process_index": index, "process_count": count}

@@ -16,13 +16,13 @@ from lm_jax.data.loader import train_stream
 from lm_jax.errors import UserError
 from lm_jax.model.lora import base_config
 from lm_jax.progress import progress
-from lm_jax.sharding.mesh import batch_block, make_mesh, to_devices
+from lm_jax.sharding.mesh import make_mesh, to_devices
 from lm_jax.training import weights
 from lm_jax.training import workdir as workdir_lib
 from lm_jax.training.checkpoint import Checkpoints
 from lm_jax.training.evidence import Exhibit, write_down
 from lm_jax.training.masking import make_masking
-from lm_jax.training.program import check_batch, jit_train_step
+from lm_jax.training.program import check_batch, jit_train_step, rows_here
 from lm_jax.training.step import make_step
 
 
@@ -50,11 +50,11 @@ def replay(workdir: str, step: int) -> dict[str, Any]:
     tokenizer = workdir_lib.obtain_tokenizer(workdir, config)
     config = workdir_lib.with_vocabulary(config, tokenizer)
     update = make_step(config, make_masking(config.data, tokenizer, config.model.vocab_size))
-    index, count = batch_block(mesh)
-    rows = {"process_index": index, "process_count": count}
     with (
         jax.set_mesh(mesh),
-        train_stream(config.data, tokenizer, seed=config.training.seed, **rows) as stream,
+        train_stream(
+            config.data, tokenizer, seed=config.training.seed, **rows_here(mesh)
+        ) as stream,
     ):
         state, start = _state_before(config, workdir, step, update, mesh, stream)
         train_step = jit_train_step(update, mesh)

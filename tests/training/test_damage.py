@@ -10,9 +10,10 @@ import pytest
 from tiny_models import GPT2, on_devices, run_config
 
 from lm_jax.config import CheckpointConfig
-from lm_jax.errors import UserError
+from lm_jax.errors import Interrupted, UserError
 from lm_jax.training import storage
-from lm_jax.training.checkpoint import Checkpoints, Damaged, Unsaved
+from lm_jax.training.checkpoint import Checkpoints
+from lm_jax.training.checkpoint_errors import Damaged, Unsaved
 from lm_jax.training.step import TrainState, make_step
 
 KEEP_ALL = CheckpointConfig(keep=99)
@@ -187,3 +188,30 @@ def test_each_process_reads_for_itself(workdir):
     """So that one that cannot leaves none waiting in a barrier."""
     options = storage.reader(str(workdir / "checkpoints"))._multiprocessing_options
     assert options.active_processes == {jax.process_index()}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (RuntimeError("UNAVAILABLE: 503 Service Unavailable"), Interrupted, "cannot be read now"),
+        (PermissionError(13, "Permission denied"), UserError, "may not be read"),
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), RuntimeError, "RESOURCE_EXHAUSTED"),
+    ],
+)
+def test_what_cannot_be_read_now_is_not_damaged(workdir, monkeypatch, error, kind, said):
+    def fails(*_):
+        raise error
+
+    with Checkpoints(str(workdir), KEEP_ALL) as checkpoints:
+        monkeypatch.setattr(checkpoints, "_read", fails)
+        with pytest.raises(kind, match=said):
+            checkpoints.restore_newest(abstract(), MESH())
+        assert checkpoints.steps() == [1, 2, 3]
+
+
+def test_the_newest_up_to_a_step(workdir):
+    damage(workdir, 2, "parameters/**/d/*")
+    with Checkpoints(str(workdir), KEEP_ALL) as checkpoints:
+        assert checkpoints.restore_newest(abstract(), MESH(), last=2)[0] == 1
+        assert checkpoints.steps() == [1, 3]
+        assert checkpoints.restore_newest(abstract(), MESH(), last=0) is None
