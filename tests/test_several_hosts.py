@@ -125,20 +125,21 @@ def test_two_processes_learn_as_one_does(whole, one, flags, tmp_path):
             assert losses(copy)[step] == pytest.approx(loss, abs=1e-5)
 
 
-def test_what_one_process_cannot_read_no_other_waits_for(whole, flags, tmp_path):
-    copy = shutil.copytree(whole, tmp_path / "run")
-    (newest, before) = sorted((copy / "checkpoints").iterdir(), key=lambda p: -int(p.name))[:2]
-    for path in newest.glob("parameters/ocdbt.process_1/d/*"):
+def test_what_one_process_cannot_read_no_other_waits_for(flags, tmp_path):
+    workdir, mesh = tmp_path / "run", {"mesh__data": 1, "mesh__fsdp": 4}  # each saves a part
+    together(flags(workdir, **mesh))
+    expected, parts = losses(workdir), list(workdir.glob("checkpoints/12/*/ocdbt.process_1/d/*"))
+    assert parts
+    for path in parts:
         path.unlink()
     printed = []
-    with Processes(flags(copy)) as processes:
+    with Processes(flags(workdir, **mesh)) as processes:
         for process in processes:
             printed.append(process.communicate(timeout=200)[1])
             assert process.returncode == 0, printed
-    assert f"goes on from step {before.name}, the newest that is intact" in printed[0]
-    assert (copy / "damaged" / newest.name).is_dir()
-    for step, loss in losses(whole).items():
-        assert losses(copy)[step] == pytest.approx(loss, abs=1e-5)
+    assert "goes on from step 8, the newest that is intact" in printed[0]
+    assert (workdir / "damaged" / "12").is_dir()
+    assert losses(workdir) == expected
 
 
 def test_a_process_that_stops_or_dies_ends_both_and_both_go_on(whole, flags, tmp_path):
