@@ -11,6 +11,7 @@ import argparse
 import json
 import pathlib
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ import time
 sys.path[:0] = [str(pathlib.Path(__file__).parents[2]), str(pathlib.Path(__file__).parents[1])]
 
 import commands  # noqa: E402
-from commands import environment, start, tiny  # noqa: E402
+from commands import environment, tiny  # noqa: E402
 
 _FIRST = 0.2  # of the time, in which a run may still grow
 _MOST = {"memory": 1.05, "files": 1.0, "threads": 1.0}  # times as much at the end
@@ -53,21 +54,28 @@ def torture(folder: pathlib.Path, minutes: float) -> dict[str, object]:
         data__workers=2,
         logging__tensorboard=True,
     )
-    process = start("train", *flags, f"--workdir={workdir}", env=environment(2))
+    said = folder / "said.txt"  # not a pipe, which somebody would have to empty
+    with open(said, "w") as output:
+        process = subprocess.Popen(
+            [*commands.python(), "-m", "lm_jax.train", *flags, f"--workdir={workdir}"],
+            cwd=commands.ROOT,
+            env=environment(2),
+            stdout=output,
+            stderr=output,
+        )
     seen: list[dict[str, int]] = []
     try:
         while not (workdir / "metrics.jsonl").exists():
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None, said.read_text()[-2000:]
             time.sleep(0.1)
         trainer = _trainer(workdir)
         end = time.monotonic() + 60 * minutes
         while time.monotonic() < end:
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None, said.read_text()[-2000:]
             seen.append(_look(trainer))
             time.sleep(min(5.0, minutes))
         process.terminate()
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 143, err
+        assert process.wait(timeout=120) == 143, said.read_text()[-2000:]
     finally:
         process.kill()
     fifth = max(1, int(len(seen) * _FIRST))
