@@ -4,6 +4,7 @@ import string
 
 from lm_jax.errors import UserError
 
+_SHOWN = 200  # characters of a template in a message
 Span = tuple[int, int]  # from which character of a text to which
 
 
@@ -21,12 +22,14 @@ class Template:
         try:
             parts = list(string.Formatter().parse(text))
         except ValueError as e:
-            raise UserError(f"{key}: {text!r}: {e} ('{{{{' stands for a brace)") from None
+            shown = repr(text[:_SHOWN])
+            raise UserError(f"{key}: {shown}: {e} ('{{{{' stands for a brace)") from None
         self.parts: list[tuple[str, str | None]] = []
         for before, name, spec, conversion in parts:
             if name is not None and (not name or not name.isidentifier() or spec or conversion):
                 raise UserError(
-                    f"{key}: {text!r}: in braces stands the name of a field, as in '{{text}}'"
+                    f"{key}: {text[:_SHOWN]!r}: in braces stands the name of a field, as in"
+                    " '{text}'"
                 )
             self.parts.append((before, name))
 

@@ -67,7 +67,7 @@ BASE = {"lm_jax"} | {
     f"lm_jax.{name}"
     for name in (
         *("config", "config_keys", "config_json", "errors", "cli", "runtime", "host_memory"),
-        *("model_validation", "example_validation", "validation"),
+        *("model_validation", "example_validation", "validation", "json_text"),
         *("applications", "cluster", "rendezvous", "page", "paths", "progress", "template"),
     )
 }

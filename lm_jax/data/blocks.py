@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from lm_jax.config import DataConfig
 from lm_jax.data import encoded, files
 from lm_jax.data.columnar import Parquet, Tfds
-from lm_jax.data.readers import Errors, Files, Part, parts, stamp
+from lm_jax.data.files import stamp
+from lm_jax.data.readers import Errors, Files, Part, parts
 from lm_jax.data.records import Column
 from lm_jax.data.sources import documents_of, find_files, is_one_document
 from lm_jax.errors import UserError
@@ -120,7 +121,7 @@ def _whole(paths: Sequence[str]) -> Block:
 
 
 def _stamp(path: str) -> tuple[int, int]:
-    """As `readers.stamp`; that a file cannot be read is for who reads it to say."""
+    """As `files.stamp`; that a file cannot be read is for who reads it to say."""
     try:
         return stamp(path)
     except UserError:

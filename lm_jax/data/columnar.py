@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax.data.files import stamp
 from lm_jax.data.readers import Errors
 from lm_jax.data.records import Record, Records
 from lm_jax.errors import UserError
@@ -37,10 +38,17 @@ class Parquet(Records):
         self.path = path
         self.starts = [0]  # first row of each row group, and the number of rows
         try:
+            self.stamp = stamp(path)
             with pq.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
+        except UserError as e:
+            errors.handle(str(e))
+            return
         except (pa.ArrowException, OSError) as e:
-            errors.handle(f"{path}: not a readable Parquet file: {e}")
+            errors.handle(f"{path}: not a readable Parquet file: {_said(e)}")
+            return
+        if len(set(schema.names)) < len(schema.names):
+            errors.handle(f"{path}: two columns have the same name")
             return
         self.fields, self.schema = tuple(schema.names), schema
         self.columns = tuple(name for name in schema.names if name in wanted)
@@ -67,26 +75,33 @@ class Parquet(Records):
 
         group = bisect.bisect_right(self.starts, i) - 1
         try:
-            table = _row_group(self.path, group, self.columns)
+            if stamp(self.path) != self.stamp:
+                raise OSError("the file was changed since it was opened")
+            table = _row_group(self.path, self.stamp, group, self.columns)
             at = i - self.starts[group]
             return {name: table.column(name)[at].as_py() for name in self.columns}
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-            self.bad(i, f"cannot be read: {e}")
+        # A time that Python has no value for is a ValueError or an OverflowError.
+        except (pa.ArrowException, OSError, UserError, ValueError, OverflowError) as e:
+            self.bad(i, f"cannot be read: {_said(e)}")
             return None
 
 
-_row_groups: OrderedDict[tuple[str, int, tuple[str, ...]], Any] = OrderedDict()
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+_row_groups: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 _row_groups_lock = threading.Lock()
 
 
-def _row_group(path: str, group: int, columns: tuple[str, ...]) -> Any:
-    """Columns of a row group, decoded: a pyarrow Table."""
+def _row_group(path: str, stamp: tuple[int, int], group: int, columns: tuple[str, ...]) -> Any:
+    """Columns of a row group, decoded: a pyarrow Table. `stamp`: that of the file."""
     import pyarrow.parquet as pq
 
     with _row_groups_lock:
-        place = (path, group, columns)
+        place = (path, stamp, group, columns)
         if place not in _row_groups:
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 _row_groups[place] = file.read_row_group(group, columns=list(columns))
             while len(_row_groups) > 1 and (
                 sum(c.nbytes for c in _row_groups.values()) > _PARQUET_CACHE

@@ -11,23 +11,23 @@ document that was empty, or skipped, has no ids, so that each keeps its number.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lm_jax import paths
+from lm_jax import json_text, paths
+from lm_jax.data import files
 from lm_jax.data.tokenizer_base import Tokenizer
 from lm_jax.errors import UserError
 
 PREFIX = "tokens:"
 META, IDS, ENDS, TOKENIZER = "lm_jax_tokens.json", "ids", "ends", "tokenizer"
 _LOCK = "lock"
+_DTYPES = ("<u2", "<i4")
+_PART = 1 << 20  # ends that are checked at a time
 _SAVE_EVERY = 5.0  # seconds of work that a kill may cost
 
 
@@ -66,7 +66,12 @@ def ids_of(document: str | Encoded, tokenizer: Tokenizer) -> np.ndarray:
             f" tokenizer.kind='file' and tokenizer.path='{document.folder}/{TOKENIZER}', or make"
             " tokens anew"
         )
-    return document.ids
+    ids = document.ids
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
+        raise UserError(
+            f"{document.folder}/{IDS}: damaged: it holds ids that its tokenizer does not have"
+        )
+    return ids
 
 
 @dataclasses.dataclass
@@ -100,22 +105,31 @@ def read_meta(folder: str) -> Meta:
       UserError: there are no tokens there, or they are damaged.
     """
     where = os.path.join(folder, META)
-    try:
-        meta = Meta(**json.loads(Path(where).read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.exists(where):
         raise UserError(
             f"data source '{PREFIX}{folder}': no tokens there ({META} is missing): python -m"
             " lm_jax.tokenize makes them"
-        ) from None
-    except (ValueError, TypeError):
-        raise UserError(f"{where}: damaged: not what lm_jax.tokenize writes") from None
+        )
+    try:
+        meta = Meta(**json_text.loads(files.read(where)))
+    except (json_text.JsonError, TypeError):
+        meta = None
+    if meta is None or not _is_sound(meta):
+        raise UserError(f"{where}: damaged: not what lm_jax.tokenize writes")
     for name, size in _sizes(meta).items():
         path = os.path.join(folder, name)
-        if (os.path.getsize(path) if os.path.exists(path) else -1) < size:
+        if (files.stamp(path)[0] if os.path.exists(path) else -1) < size:
             raise UserError(
                 f"{path}: damaged: {size} bytes were written to it, and fewer are there"
             )
     return meta
+
+
+def _is_sound(meta: Meta) -> bool:
+    """Whether each field is of its type, and none is below 0."""
+    fields = [(getattr(meta, f.name), f.type) for f in dataclasses.fields(meta)]
+    right = all(type(value) is kind and (kind is not int or value >= 0) for value, kind in fields)
+    return right and meta.dtype in _DTYPES
 
 
 def _sizes(meta: Meta) -> dict[str, int]:
@@ -123,7 +137,7 @@ def _sizes(meta: Meta) -> dict[str, int]:
 
 
 class Tokens(Sequence):
-    """The documents of a folder of tokens, mapped and not read. Picklable."""
+    """The documents of a folder of tokens, each read when it is asked for. Picklable."""
 
     def __init__(self, folder: str):
         """
@@ -143,21 +157,26 @@ class Tokens(Sequence):
                 " goes on with it, given once more"
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_ids", "_ends")}
+        last = 0
+        for start in range(0, len(self), _PART):
+            ends = self._read(ENDS, "<i8", start, min(start + _PART, len(self)))
+            if (np.diff(ends, prepend=last) < 0).any():
+                raise self._damaged()
+            last = int(ends[-1])
+        if last != self.meta.tokens:
+            raise self._damaged()
 
-    @functools.cached_property
-    def _ids(self) -> np.ndarray:
-        return self._mapped(IDS, self.meta.dtype, self.meta.tokens)
+    def _damaged(self) -> UserError:
+        return UserError(
+            f"{os.path.join(self.folder, ENDS)}: damaged: it does not say where documents end"
+        )
 
-    @functools.cached_property
-    def _ends(self) -> np.ndarray:
-        return self._mapped(ENDS, "<i8", self.meta.documents)
-
-    def _mapped(self, name: str, dtype: str, count: int) -> np.ndarray:
-        if not count:
-            return np.zeros(0, dtype)
-        return np.memmap(os.path.join(self._local, name), dtype, mode="r", shape=count)
+    def _read(self, name: str, dtype: str, start: int, stop: int) -> np.ndarray:
+        """Numbers `start` to `stop` of a file. Not mapped: a file that shrinks would end the
+        process."""
+        width = np.dtype(dtype).itemsize
+        path = os.path.join(self._local, name)
+        return np.frombuffer(files.read(path, start * width, stop * width), dtype)
 
     def __len__(self) -> int:
         return self.meta.documents
@@ -165,8 +184,10 @@ class Tokens(Sequence):
     def __getitem__(self, i: int) -> Encoded:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        start, stop = int(self._ends[i - 1]) if i else 0, int(self._ends[i])
-        ids = np.array(self._ids[start:stop], np.int32)
+        start, stop = [0, *self._read(ENDS, "<i8", max(i - 1, 0), i + 1).tolist()][-2:]
+        if not 0 <= start <= stop <= self.meta.tokens:
+            raise self._damaged()
+        ids = self._read(IDS, self.meta.dtype, start, stop).astype(np.int32)
         return Encoded(ids, self.meta.fingerprint, self.folder)
 
 
@@ -249,7 +270,7 @@ def writing(folder: str, tokenizer: Tokenizer) -> Iterator[Writer]:
                     " another folder"
                 )
         else:
-            dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4"
+            dtype = _DTYPES[tokenizer.vocab_size > 1 << 16]
             meta = Meta(tokenizer.fingerprint, dtype)
             tokenizer.save(os.path.join(folder, TOKENIZER))
         writer = Writer(folder, meta)

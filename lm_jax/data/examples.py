@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,6 +63,7 @@ class Example:
 
 
 SKIPPED = Example("", ())
+_SHOWN = 80  # characters of a value in a message
 
 
 def fields_of(config: DataConfig) -> list[str]:
@@ -193,13 +195,13 @@ class Examples(Sequence):
             if 0 <= int(value) < len(self.labels):
                 return int(value)
             raise ValueError(
-                f"there is no class of the number {value}: data.labels ({', '.join(self.labels)})"
-                f" are 0 to {len(self.labels) - 1}"
+                f"there is no class of the number {value[:_SHOWN]}: data.labels"
+                f" ({', '.join(self.labels)}) are 0 to {len(self.labels) - 1}"
                 + (", and a name stands in quotes" if value in self.labels else "")
             )
-        near = difflib.get_close_matches(value, self.labels, n=1)
+        near = difflib.get_close_matches(value[:_SHOWN], self.labels, n=1)
         raise ValueError(
-            f"'{value}' is none of data.labels ({', '.join(self.labels)})"
+            f"'{value[:_SHOWN]}' is none of data.labels ({', '.join(self.labels)})"
             + (f"; did you mean '{near[0]}'?" if near else "")
         )
 
@@ -272,11 +274,13 @@ def _text(record: Record, name: str) -> str:
 
     Raises:
       KeyError: it is not there.
-      ValueError: it is no text and no number.
+      ValueError: it is no text and no finite number.
     """
     value: Any = record[name]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"'{name}' must be text or a number, not {kind(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"'{name}' must be text or a number, not {value}")
     text = str(value)
     try:
         text.encode()

@@ -4,15 +4,15 @@ import difflib
 import functools
 import glob
 import gzip
+import io
 import os
+import stat
 import sysconfig
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from lm_jax import paths
+from lm_jax import host_memory, paths
 from lm_jax.errors import UserError
 
 JSONL = (".jsonl", ".ndjson", ".json")
@@ -26,6 +26,7 @@ TEXT = (
     *(".js", ".ts", ".tsx", ".jsx", ".go", ".rs", ".rb", ".php", ".swift", ".jl", ".r", ".lua"),
     *(".sh", ".sql", ".css", ".yaml", ".yml", ".toml", ".ini", ".cfg"),
 )
+_PIECE = 1 << 24  # bytes that are decompressed at a time
 _NO_PYTHON_TEXT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -64,13 +65,23 @@ def find(source: str, known: Sequence[str] | None = None) -> list[str]:
     if glob.has_magic(path):
         found = sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
         if found:
-            return found
+            return _once(found)
         fixed = path[: next(i for i, c in enumerate(path) if c in "*?[")]
         folder = os.path.dirname(fixed) or "."
         if not os.path.isdir(folder):
             raise UserError(f"data source '{source}': the folder '{folder}' does not exist")
         raise UserError(f"data source '{source}': no file matches; {_inside(folder)}")
     raise UserError(f"data source '{source}': {_missing(path)}")
+
+
+def _once(found: Sequence[str]) -> list[str]:
+    """Each file of a folder once: '**' follows links, and one that leads to a folder above it would
+    give all files there again and again."""
+    by_place = {}
+    for path in sorted(found, key=len):
+        folder, name = os.path.split(path)
+        by_place.setdefault((os.path.realpath(folder), name), path)
+    return sorted(by_place.values())
 
 
 def _in_bucket(source: str, known: Sequence[str]) -> list[str]:
@@ -161,45 +172,111 @@ def _python_files() -> tuple[str, ...]:
     return tuple(kept)
 
 
+def stamp(path: str) -> tuple[int, int]:
+    """Bytes of a file, and when it was changed.
+
+    Raises:
+      UserError: it cannot be read, or is no file but a pipe, a device or a folder.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as e:
+        raise _unreadable(path, e) from None
+    _check_regular(path, found.st_mode)
+    return found.st_size, found.st_mtime_ns
+
+
+def _check_regular(path: str, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path}: cannot be read: Is a directory")
+    if not stat.S_ISREG(mode):
+        raise UserError(
+            f"{path}: is a pipe or a device, and documents are read in any order: write what comes"
+            " out of it to a file first"
+        )
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    return UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+def _opened(path: str) -> io.FileIO:
+    """Without waiting for somebody to write to a pipe."""
+    file = io.FileIO(path, opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))
+    try:
+        _check_regular(path, os.fstat(file.fileno()).st_mode)
+    except UserError:
+        file.close()
+        raise
+    return file
+
+
+def is_zipped(path: str) -> bool:
+    return path.lower().endswith(".gz")
+
+
 def read(path: str, start: int = 0, stop: int | None = None) -> bytes:
-    """Bytes `start` to `stop` of the (decompressed) file. Holds nothing open: any thread may call.
+    """Bytes `start` to `stop` of the (decompressed) file; stop None: all from there on. Holds
+    nothing open: any thread may call.
 
     A .gz file has no random access: read in parts, it is decompressed once and stays in memory.
 
     Raises:
-      UserError: the file cannot be read.
+      UserError: the file cannot be read, or ends before `stop`.
     """
     try:
-        if path.lower().endswith(".gz"):
-            if start == 0 and stop is None:
-                return _gunzip(path)
-            return _gunzip_kept(path)[start:stop]
-        with open(path, "rb", buffering=0) as f:
-            if start:
+        if is_zipped(path):
+            data = _gunzip(path) if start == 0 and stop is None else kept(path)[start:stop]
+        else:
+            with _opened(path) as f:
                 f.seek(start)
-            return f.read(-1 if stop is None else stop - start)
+                data = f.read() if stop is None else _exactly(f, stop - start)
     except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
+        raise _unreadable(path, e) from None
+    if stop is not None and len(data) < stop - start:
+        raise UserError(
+            f"{path}: ends at byte {start + len(data)}, before byte {stop}: it was changed since it"
+            " was opened"
+        )
+    return data
+
+
+def _exactly(f: io.FileIO, size: int) -> bytes:
+    """So many bytes, or all that there are: the system gives at most 2 GiB at once."""
+    data = f.read(size)
+    while len(data) < size and (more := f.read(size - len(data))):
+        data += more
+    return data
+
+
+def kept(path: str) -> bytes:
+    """A .gz file, decompressed, which stays in memory.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    return _gunzip_kept(path, stamp(path))
 
 
 def _gunzip(path: str) -> bytes:
+    parts, size, room = [], 0, host_memory.available()
     try:
-        with gzip.open(path) as f:
-            return f.read()
+        with _opened(path) as raw, gzip.GzipFile(fileobj=raw) as f:
+            while part := f.read(_PIECE):
+                parts.append(part)
+                size += len(part)
+                if 2 * size > room:  # the parts, and then the whole beside them
+                    raise UserError(
+                        f"{path}: decompressed, it does not fit in memory ({room / 1e9:.1f} GB are"
+                        " free): decompress it to a file, which is read in parts"
+                    )
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise UserError(f"{path}: not a readable gzip file: {e}") from None
+    return b"".join(parts)
 
 
-_gunzip_kept = functools.cache(_gunzip)
-
-
-def as_array(path: str) -> np.ndarray:
-    """The (decompressed) file as uint8 [bytes], mapped and not read where it is not compressed."""
-    if path.lower().endswith(".gz"):
-        return np.frombuffer(read(path, 0, 1 << 62), np.uint8)
-    try:
-        if os.path.getsize(path) == 0:
-            return np.zeros(0, np.uint8)
-        return np.memmap(path, np.uint8, mode="r")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
+@functools.cache
+def _gunzip_kept(path: str, stamp: tuple[int, int]) -> bytes:
+    """`stamp` makes the cache forget a file that was rewritten."""
+    del stamp
+    return _gunzip(path)

@@ -7,7 +7,6 @@ an empty one.
 """
 
 import functools
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,12 +14,17 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lm_jax.data import files
+from lm_jax.data.files import stamp
 from lm_jax.errors import UserError
 
 _BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
 _LINE_END = re.compile(rb"\n")
 _CHUNK = 1 << 24  # bytes searched for line ends at a time
 _NEAR = 1 << 16  # bytes in which the end of a line is looked for first
+MARK = b"\xef\xbb\xbf"  # of byte order, before the text
+_SPACES = list(b" \t\r\n\v\f")
+_COUNTED = 1 << 20  # bytes whose lines are counted together
+_LONGEST = 1000  # characters of what is said of one record
 
 Part = tuple[int, int | None]  # of a file: its first byte, and the one after its last; None: all
 
@@ -34,6 +38,8 @@ class Errors:
 
     def handle(self, message: str) -> None:
         """Raises `message` as a `UserError`, or counts the record and logs the first few."""
+        if len(message) > _LONGEST:  # it quotes the record
+            message = message[:_LONGEST] + " ..."
         if not self.skip:
             raise UserError(f"{message} (data.on_error='skip' leaves such records out)")
         if message not in self.places:
@@ -58,12 +64,32 @@ class Errors:
 
 
 def line_number(path: str, offset: int) -> int:
-    """The line of the file, from 1, that holds the byte at `offset`."""
-    return 1 + files.read(path, 0, offset).count(b"\n") if offset else 1
+    """The line of the file, from 1, that holds the byte at `offset`.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    if not offset:
+        return 1
+    whole = offset // _COUNTED
+    before = int(_line_ends(path, stamp(path))[whole])
+    return 1 + before + files.read(path, whole * _COUNTED, offset).count(b"\n")
+
+
+@functools.lru_cache(maxsize=64)
+def _line_ends(path: str, stamp: tuple[int, int]) -> np.ndarray:
+    """How many lines end before each multiple of `_COUNTED` bytes: with many bad records in a file,
+    it is not to be read from its begin on for each. `stamp`: as of `_spans`."""
+    size = len(files.kept(path)) if files.is_zipped(path) else stamp[0]
+    ends = [
+        files.read(path, at, at + _COUNTED).count(b"\n")
+        for at in range(0, size - _COUNTED + 1, _COUNTED)
+    ]
+    return np.cumsum([0, *ends])
 
 
 def _decode(data: bytes, path: str, offset: int, errors: Errors) -> str:
-    if offset == 0 and data.startswith(b"\xef\xbb\xbf"):  # a byte order mark is no text
+    if offset == 0 and data.startswith(MARK):
         data, offset = data[3:], 3
     try:
         return data.decode()
@@ -85,9 +111,9 @@ class Files(Sequence):
 
     def _empty(self, path: str) -> bool:
         try:
-            empty = os.path.getsize(path) == 0
-        except OSError as e:
-            self.errors.handle(f"{path}: cannot be read: {e.strerror}")
+            empty = stamp(path)[0] == 0
+        except UserError as e:
+            self.errors.handle(str(e))
             return True
         if empty:  # as many an __init__.py; if nothing else is there, the corpus is empty
             self.errors.note(f"{path}: the file is empty")
@@ -102,6 +128,8 @@ class Files(Sequence):
         except UserError as e:
             self.errors.handle(str(e))
             return ""
+        if not data:
+            self.errors.handle(f"{self.paths[i]}: the file is empty, and was not before")
         return _decode(data, self.paths[i], 0, self.errors)
 
     def place(self, i: int) -> str:
@@ -123,7 +151,7 @@ class Spans(Sequence):
             self.spans = _spans(path, unit, stamp(path))  # int64 [documents, 2]: first byte, end
         else:
             self._start, self._data = part[0], files.read(path, *part)
-            self.spans = self._start + _spans_of(np.frombuffer(self._data, np.uint8), unit)
+            self.spans = _spans_of(self._data, self._start, unit)
         if not len(self.spans) and (part is None or part[1] is None):
             errors.handle(f"{path}: the file is empty")
 
@@ -132,11 +160,23 @@ class Spans(Sequence):
 
     def __getitem__(self, i: int) -> str:
         start, stop = self.spans[i].tolist()
-        if self._data is None:
-            data = files.read(self.path, start, stop)
-        else:
+        if self._data is not None:
             data = self._data[start - self._start : stop - self._start]
+            return _decode(data, self.path, start, self.errors)
+        try:
+            data = self._read(start, stop)
+        except UserError as e:
+            self.errors.handle(f"{e} (the document at byte {start})")
+            return ""
         return _decode(data, self.path, start, self.errors)
+
+    def _read(self, start: int, stop: int) -> bytes:
+        """With the bytes around it, by which a file is known that was written anew since."""
+        first, end = max(start - 1, 0), stop < self.spans[-1, 1]
+        data = files.read(self.path, first, stop + end)
+        if (start > len(MARK) and data[:1] != b"\n") or (end and data[-1:] != b"\n"):
+            raise UserError(f"{self.path}: it was changed since it was opened: start anew")
+        return data[start - first : stop - first]
 
     def place(self, i: int) -> str:
         """FILE:LINE of document i."""
@@ -151,7 +191,7 @@ def parts(path: str, unit: str, size: int) -> Iterator[Part]:
       UserError: it cannot be read.
     """
     total = stamp(path)[0]
-    if path.lower().endswith(".gz") or total <= size:
+    if files.is_zipped(path) or total <= size:
         yield 0, None
         return
     start = 0
@@ -166,26 +206,10 @@ def _end_of_unit(path: str, unit: str, at: int, total: int) -> int:
     end = _BLANK_LINES if unit == "paragraph" else _LINE_END
     data = b""
     while at + len(data) < total:
-        more = files.read(path, at + len(data), at + max(2 * len(data), _NEAR))
-        if not more:  # it became shorter
-            break
-        data += more
+        data += files.read(path, at + len(data), min(at + max(2 * len(data), _NEAR), total))
         if (found := end.search(data)) and found.end() < len(data):
             return at + found.end()
     return total
-
-
-def stamp(path: str) -> tuple[int, int]:
-    """Bytes of a file, and when it was changed.
-
-    Raises:
-      UserError: it cannot be read.
-    """
-    try:
-        stat = os.stat(path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    return stat.st_size, stat.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=1024)
@@ -194,11 +218,18 @@ def _spans(path: str, unit: str, stamp: tuple[int, int]) -> np.ndarray:
 
     `stamp` (size and time of change) makes the cache forget a file that was rewritten.
     """
-    return _spans_of(files.as_array(path), unit)
+    if files.is_zipped(path):
+        return _spans_of(files.kept(path), 0, unit)
+    found = [
+        _spans_of(files.read(path, start, stop), start, unit)
+        for start, stop in parts(path, unit, _CHUNK)
+    ]
+    return np.concatenate(found) if found else np.zeros((0, 2), np.int64)
 
 
-def _spans_of(data: np.ndarray, unit: str) -> np.ndarray:
-    """As `_spans`, of uint8 [bytes]."""
+def _spans_of(text: bytes, offset: int, unit: str) -> np.ndarray:
+    """As `_spans`, of what stands at `offset` of a file."""
+    data = np.frombuffer(text, np.uint8)
     if unit == "paragraph":
         gaps = np.array([m.span() for m in _BLANK_LINES.finditer(data)], np.int64).reshape(-1, 2)
         starts, stops = np.append(0, gaps[:, 1]), np.append(gaps[:, 0], len(data))
@@ -209,8 +240,11 @@ def _spans_of(data: np.ndarray, unit: str) -> np.ndarray:
         ]
         breaks = np.concatenate([*ends, np.zeros(0, np.int64)])
         starts, stops = np.append(0, breaks + 1), np.append(breaks, len(data))
-    width = stops - starts
-    blank = width <= 0
-    short = np.flatnonzero(width == 1)  # a lone carriage return or line end is blank too
-    blank[short] = np.isin(data[starts[short]], [ord("\r"), ord("\n")])
-    return np.stack([starts, stops], axis=1)[~blank]
+    if offset == 0 and text.startswith(MARK):
+        starts[0] = min(len(MARK), stops[0])
+    full = stops > starts
+    starts, stops = starts[full], stops[full]
+    ends = np.isin(data[starts], _SPACES) & np.isin(data[stops - 1], _SPACES)
+    for i in np.flatnonzero(ends):
+        ends[i] = text[starts[i] : stops[i]].isspace()
+    return offset + np.stack([starts, stops], axis=1)[~ends]

@@ -7,16 +7,19 @@ see `lm_jax.data.readers`.
 import contextlib
 import csv
 import io
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lm_jax import json_text
 from lm_jax.data import files
-from lm_jax.data.readers import Errors, Part, Spans
+from lm_jax.data.readers import MARK, Errors, Part, Spans
 from lm_jax.errors import UserError
+from lm_jax.json_text import JsonError
 
 Record = dict[str, Any]
+
+_SHOWN = 40  # names of fields that a message lists, and characters of each
 
 
 class Records(Sequence):
@@ -50,7 +53,8 @@ class Records(Sequence):
         self.errors.handle(f"{self.place(i)}: {why}")
 
     def missing(self, field: str, fields: Sequence[str]) -> str:
-        there = ", ".join(fields) or "none"
+        there = ", ".join(f"{name:.{_SHOWN}}" for name in fields[:_SHOWN]) or "none"
+        there += ", ..." if len(fields) > _SHOWN else ""
         return f"no {self.noun} '{field}'; {self.noun}s: {there}"
 
 
@@ -121,12 +125,10 @@ class JsonLines(Records):
         if not text and self.errors.skip:
             return None
         try:
-            record = json.loads(text)
-        except json.JSONDecodeError as e:
-            self.bad(i, f"not JSON: {e.msg} at column {e.colno}; one object a line is read")
-            return None
-        except RecursionError:
-            self.bad(i, "not JSON: nested too deeply")
+            record = json_text.loads(text)
+        except JsonError as e:
+            where = f" at column {e.column}" if e.column else ""
+            self.bad(i, f"not JSON: {e}{where}; one object a line is read")
             return None
         if not isinstance(record, dict):
             self.bad(i, f"a JSON object is wanted, not {kind(record)}")
@@ -173,15 +175,13 @@ def csv_fields_of_any_length() -> Iterator[None]:
 @csv_fields_of_any_length()
 def read_csv(path: str, errors: Errors) -> Listed:
     """A CSV file; its first line names the columns. With .tsv, tabs separate these, a record is a
-    line, and quotes are quotes.
+    line, and quotes are quotes. A record that is none is told by the line that it begins in.
 
     Raises:
-      UserError: it is not UTF-8, or a row has more or fewer columns than the first.
+      UserError: there are no names of columns, or two are the same.
     """
-    try:
-        text = files.read(path).decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 at byte {e.start}: convert the file to UTF-8") from None
+    data = files.read(path)
+    text = data.decode("utf-8-sig", errors="surrogateescape")
     tabs = files.suffix(path) == ".tsv"
     rows = csv.reader(
         io.StringIO(text, newline=""),
@@ -190,26 +190,42 @@ def read_csv(path: str, errors: Errors) -> Listed:
         strict=True,
     )
     names, records, places = None, [], []
-    try:
-        for row in rows:
-            if not row:
-                continue
-            if names is None:
-                names = row
-                if len(set(names)) < len(names):
-                    raise UserError(f"{path}:1: two columns have the same name")
-                continue
-            places.append(f":{rows.line_num}")
-            records.append(dict(zip(names, row)) if len(row) == len(names) else None)
-            if records[-1] is None:
-                errors.handle(
-                    f"{path}{places[-1]}: {len(row)} columns, and the first line has {len(names)}"
-                )
-    except csv.Error as e:
-        raise UserError(f"{path}:{rows.line_num}: not CSV: {e}") from None
+    while True:
+        place = f":{rows.line_num + 1}"
+        try:
+            row = next(rows, None)
+            why = _not_text(row or ())
+        except csv.Error as e:
+            row, why = [""], f"not CSV: {e}"
+        if row is None:
+            break
+        if not row:
+            continue
+        if names is None:
+            if len(set(names := row)) < len(names):
+                why = why or "two columns have the same name"
+            if why:
+                raise UserError(f"{path}{place}: {why}")
+            continue
+        if not why and len(row) != len(names):
+            why = f"{len(row)} columns, and the first line has {len(names)}"
+        places.append(place)
+        records.append(None if why else dict(zip(names, row)))
+        if why:
+            errors.handle(f"{path}{place}: {why}")
     table = Listed(path, records, places, errors, names or [])
     table.noun = "column"
     return table
+
+
+def _not_text(fields: Sequence[str]) -> str:
+    """Why bytes that were read as text are none; '' where they are."""
+    try:
+        "".join(fields).encode()
+    except UnicodeEncodeError as e:
+        byte = ord(e.object[e.start]) - 0xDC00  # as 'surrogateescape' has it
+        return f"not UTF-8 (0x{byte:02x}): convert the file to UTF-8"
+    return ""
 
 
 def read_json(path: str, errors: Errors) -> Records:
@@ -221,11 +237,13 @@ def read_json(path: str, errors: Errors) -> Records:
     """
     data = files.read(path)
     try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as e:
+        values = json_text.loads(data.removeprefix(MARK))
+    except JsonError as e:
         if _is_by_lines(data):
             return JsonLines(path, errors)
-        raise UserError(f"{path}: not JSON: {e or 'nested too deeply'}") from None
+        where = f" at line {e.line}" if e.line else ""
+        where += f" column {e.column}" if e.column else ""
+        raise UserError(f"{path}: not JSON: {e}{where}") from None
     where = ""
     if isinstance(values, dict) and isinstance(values.get("data"), list):
         values, where = values["data"], "data: "
@@ -247,37 +265,56 @@ def read_json(path: str, errors: Errors) -> Records:
 def _is_by_lines(data: bytes) -> bool:
     """Whether one of the first two lines that are not blank is an object by itself, and the file no
     list of them."""
-    lines = [line for line in data.lstrip().split(b"\n", 3)[:3] if line.strip()][:2]
-    for line in lines if not data.lstrip().startswith(b"[") else ():
-        try:
-            if isinstance(json.loads(line), dict):
+    data = data.removeprefix(MARK).lstrip()
+    lines = [line for line in data.split(b"\n", 3)[:3] if line.strip()][:2]
+    for line in lines if not data.startswith(b"[") else ():
+        with contextlib.suppress(JsonError):
+            if isinstance(json_text.loads(line), dict):
                 return True
-        except (ValueError, RecursionError):
-            pass
     return False
 
 
 def _squad(path: str, articles: list[Any], errors: Errors) -> Listed:
     """SQuAD (Rajpurkar et al. 2016), flat: id, title, context, question, answers (a list of texts)
     and answer_starts (characters of the context)."""
-    records, places = [], []
-    for a, article in enumerate(articles):
-        try:
-            for p, paragraph in enumerate(article["paragraphs"]):
-                for q, question in enumerate(paragraph["qas"]):
+    records: list[Record | None] = []
+    places: list[str] = []
+
+    def bad(where: str, why: str) -> None:
+        errors.handle(f"{path}: {where}: not in the form of SQuAD ({why})")
+        records.append(None)
+        places.append(f": {where}")
+
+    def inside(holder: Any, key: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The objects of a list in an object, with their places."""
+        found = holder.get(key) if isinstance(holder, dict) else None
+        if not isinstance(found, list):
+            bad(where, f"it has no list '{key}'")
+            return
+        where = f"{where}.{key}" if where else key
+        for n, one in enumerate(found):
+            if isinstance(one, dict):
+                yield f"{where}[{n}]", one
+            else:
+                bad(f"{where}[{n}]", f"an object is wanted, not {kind(one)}")
+
+    for a, article in inside({"data": articles}, "data", ""):
+        for p, paragraph in inside(article, "paragraphs", a):
+            for q, question in inside(paragraph, "qas", p):
+                try:
                     answers = question.get("answers", [])
-                    records.append({
+                    record = {
                         "id": str(question.get("id", len(records))),
                         "title": str(article.get("title", "")),
                         "context": paragraph["context"],
                         "question": question["question"],
                         "answers": [x["text"] for x in answers],
                         "answer_starts": [x["answer_start"] for x in answers],
-                    })  # fmt: skip
-                    places.append(f": data[{a}].paragraphs[{p}].qas[{q}]")
-        except (KeyError, TypeError, AttributeError) as e:
-            errors.handle(f"{path}: data[{a}]: not in the form of SQuAD ({type(e).__name__}: {e})")
-            records.append(None)
-            places.append(f": data[{a}]")
+                    }
+                except (KeyError, TypeError, AttributeError, RecursionError) as e:
+                    bad(q, f"{type(e).__name__}: {e}")
+                    continue
+                records.append(record)
+                places.append(f": {q}")
     fields = next((tuple(record) for record in records if record is not None), None)
     return Listed(path, records, places, errors, fields)

@@ -1,11 +1,11 @@
 """Prompts from a file, and as questions to a model that chats."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from lm_jax import json_text
 from lm_jax.data.chat import chat_template_for
 from lm_jax.data.tokenizer_base import Tokenizer
 from lm_jax.errors import UserError
@@ -55,9 +55,9 @@ def as_questions(texts: Sequence[str], tokenizer: Tokenizer, objective: str) -> 
 
 def _from_json(line: str, where: str, key: str) -> str:
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as e:
-        raise UserError(f"{where}: not JSON: {getattr(e, 'msg', 'nested too deeply')}") from None
+        record = json_text.loads(line)
+    except json_text.JsonError as e:
+        raise UserError(f"{where}: not JSON: {e}") from None
     if not isinstance(record, dict) or key not in record:
         raise UserError(f"{where}: expected an object with the key '{key}'")
     if not isinstance(record[key], str):

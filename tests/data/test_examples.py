@@ -133,7 +133,7 @@ def test_squad_is_flat_and_has_all_answers(tmp_path):
         (
             "a.json",
             {"data": [{"paragraphs": [{"qas": [{}]}]}]},
-            r"data\[0\]: not in the form of SQuAD",
+            r"data\[0\]\.paragraphs\[0\]\.qas\[0\]: not in the form of SQuAD",
         ),
         ("a.json", [{}, 2], r"a\.json: record 2: an object is wanted, not a number"),
         ("a.json", {"data": [2]}, r"a\.json: data: record 1: an object is wanted"),
