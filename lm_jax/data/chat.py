@@ -3,20 +3,22 @@
 template = load_chat_template(folder)
 ids = template.encode(tokenizer, messages, add_generation_prompt=True)
 
-A template is a Jinja program that comes with a model. It runs in Jinja's sandbox, with the names,
-filters and settings that Transformers 5 gives it, for a bounded number of steps. A model that came
-without one and learned to chat has ours.
+A template is a Jinja program that comes with a model. It runs in a sandbox (`chat_sandbox`), with
+the names, filters and settings that Transformers 5 gives it. A model that came without one and
+learned to chat has ours.
 """
 
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lm_jax import paths
+from lm_jax.data import chat_sandbox
+from lm_jax.data.chat_sandbox import MOST_CHARACTERS
 from lm_jax.data.tokenizer import load_tokenizer
 from lm_jax.data.tokenizer_base import Tokenizer
 from lm_jax.data.tokenizer_families import CONFIG
@@ -26,9 +28,6 @@ from lm_jax.errors import UserError
 
 FILE = "chat_template.jinja"
 _NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-_MOST_CHARACTERS = 4_000_000  # of a rendered conversation
-_MOST_STEPS = 200_000  # passes through loops and macros; takes less than a second
-_STEP = "lm_jax_step"  # the name by which they are counted
 
 # What ours is rendered with in place of the names of specials: no text has these (Unicode 23.7).
 _BEGIN, _END = "\ufdd0", "\ufdd1"
@@ -57,11 +56,13 @@ class ChatTemplate:
 
         self.text, self.specials = text, dict(specials)
         try:
-            self._template = _environment().from_string(text)
+            self._template = chat_sandbox.environment().from_string(text)
         except jinja2.TemplateSyntaxError as e:
             raise UserError(f"the chat template, line {e.lineno}: {e.message}") from None
-        except (jinja2.TemplateError, RecursionError, ValueError) as e:
-            raise UserError(f"the chat template cannot be compiled: {e}") from None
+        # What it is compiled to is Python, which has bounds of its own.
+        except (jinja2.TemplateError, RecursionError, ValueError, SyntaxError, MemoryError) as e:
+            reason = str(e) or type(e).__name__
+            raise UserError(f"the chat template cannot be compiled: {reason}") from None
 
     def render(
         self,
@@ -90,15 +91,15 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             "strftime_now": lambda form: (now or datetime.datetime.now()).strftime(form),
-            _STEP: _counter(),
         }
         parts, size = [], 0
         try:
-            for part in self._template.generate(**self.specials, **given):
-                parts.append(part)
-                size += len(part)
-                if size > _MOST_CHARACTERS:
-                    raise UserError(f"it wrote more than {_MOST_CHARACTERS:,} characters")
+            with chat_sandbox.metered() as names:
+                for part in self._template.generate(**self.specials, **given, **names):
+                    parts.append(part)
+                    size += len(part)
+                    if size > MOST_CHARACTERS:
+                        raise UserError(f"it wrote more than {MOST_CHARACTERS:,} characters")
         except Exception as e:  # whatever Python raises for what the template does
             reason = str(e) or type(e).__name__
             raise UserError(f"the chat template does not take these messages: {reason}") from e
@@ -208,7 +209,7 @@ def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
     if tokenizer.eos_id is not None and text == (ours := _ours_of(tokenizer)).text:
         return ours
     names = {key: content(config.get(key)) for key in _NAMED}
-    return ChatTemplate(text, {key: name for key, name in names.items() if name is not None})
+    return ChatTemplate(text, {k: name for k, name in names.items() if isinstance(name, str)})
 
 
 def chat_template_for(tokenizer: Tokenizer, objective: str) -> ChatTemplate | None:
@@ -241,59 +242,3 @@ def _ours(begin: str, end: str) -> str:
         "{% endfor %}"
         "{% if add_generation_prompt %}Assistant:{% endif %}"
     )
-
-
-def _environment() -> Any:
-    """Jinja as Transformers sets it up, with each pass through a loop or macro counted."""
-    import jinja2
-    from jinja2 import ext, nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(ext.Extension):
-        """{% generation %} marks what the model says; here it is rendered like the rest."""
-
-        tags = {"generation"}  # noqa: RUF012 (jinja's own form)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("inside"), [], [], body).set_lineno(line)
-
-        def inside(self, caller: Callable[[], str]) -> str:
-            return caller()
-
-    class Environment(ImmutableSandboxedEnvironment):
-        def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
-            tree = super()._parse(source, name, filename)
-            for node in tree.find_all((nodes.For, nodes.Macro)):
-                call = nodes.Call(nodes.Name(_STEP, "load"), [], [], None, None)
-                node.body.insert(0, nodes.ExprStmt(call).set_lineno(node.lineno))
-            return tree
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        """Jinja's own escapes HTML."""
-        return json.dumps(
-            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
-
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    return environment
-
-
-def _counter() -> Callable[[], None]:
-    left = _MOST_STEPS
-
-    def step() -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise UserError(f"it took more than {_MOST_STEPS:,} steps: it may never end")
-
-    return step

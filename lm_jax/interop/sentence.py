@@ -1,8 +1,8 @@
 """What a sentence-transformers folder says of pooling."""
 
-import json
 import os
 
+from lm_jax import json_text
 from lm_jax.errors import UserError
 from lm_jax.interop.config_map import read_json
 
@@ -24,20 +24,21 @@ def read_pooling(folder: str) -> dict[str, object]:
     if not os.path.exists(where):
         return {}
     try:
-        with open(where, encoding="utf-8") as f:
-            modules = [(m["type"].rpartition(".")[2], m["path"]) for m in json.load(f)]
+        with open(where, "rb") as f:
+            found = json_text.loads(f.read())
+        modules = [(m["type"].rpartition(".")[2], str(m["path"])) for m in found]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{where}: not the list of modules it should be: {e}") from None
     fields: dict[str, object] = {"normalize": False}
     for kind, path in modules:
-        if ".." in path.split("/") or os.path.isabs(path):
-            raise UserError(f"{where}: the path '{path}' leads out of the folder")
+        if ".." in path.split("/") or os.path.isabs(path) or "\0" in path:
+            raise UserError(f"{where}: the path {path[:200]!r} leads out of the folder")
         if kind == "Normalize":
             fields["normalize"] = True
         elif kind == "Pooling":
             fields["kind"] = _pooling(os.path.join(folder, path, "config.json"))
         elif kind != "Transformer":
-            raise UserError(f"{where}: a module of type {kind} is not supported")
+            raise UserError(f"{where}: a module of type {kind[:200]!r} is not supported")
     path = os.path.join(folder, "config_sentence_transformers.json")
     if os.path.exists(path) and (prompt := read_json(path).get("default_prompt_name")):
         raise UserError(f"{path}: default_prompt_name = {prompt!r} is not supported")
