@@ -9,6 +9,7 @@ from lm_jax.config_keys import fits, walk
 from lm_jax.errors import UserError
 
 Check = tuple[bool, str, str]  # (holds, key, what to do)
+_SHOWN = 200  # characters of a value in a message
 
 # What projections are called in Llama's family, as users of peft know them.
 _PEFT = {
@@ -43,13 +44,17 @@ def mistakes(config: Any, prefix: str = "") -> list[str]:
     for key, value, field in walk(config, prefix):
         if not fits(value, field.type):
             kind = field.type.__name__ if isinstance(field.type, type) else field.type
-            wrong.append(f"{key}: must be {kind}, not {value!r}")
+            wrong.append(f"{key}: must be {kind}, not {repr(value)[:_SHOWN]}")
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            wrong.append(f"{key}: {repr(value)[:_SHOWN]} is too large a number")
     if wrong:
         return wrong
     for key, value, field in walk(config, prefix):
         allowed = field.metadata.get("choices")
         if allowed and value not in allowed:
-            wrong.append(f"{key}: '{value}' is none of {', '.join(map(str, allowed))}")
+            wrong.append(
+                f"{key}: '{str(value)[:_SHOWN]}' is none of {', '.join(map(str, allowed))}"
+            )
     return wrong
 
 

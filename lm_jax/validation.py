@@ -9,6 +9,8 @@ from lm_jax.errors import UserError
 from lm_jax.example_validation import example_checks, task_checks
 from lm_jax.model_validation import Check, derive_model, mistakes, model_checks
 
+_MOST_ROWS = 2**31 - 1  # of a batch
+
 
 def validate(config: Config) -> Config:
     """Checks `config`, fills in its derived fields, and returns it.
@@ -38,10 +40,11 @@ def _derive(config: Config) -> None:
             config.model.labels = len(data.labels)
     if data.objective == "chat":
         data.turns = data.turns or ("apart" if config.model.prefix_attention else "together")
-    if data.lanes is None and data.batch_size > 0:
+    if data.lanes is None and 0 < data.batch_size <= _MOST_ROWS:
         # Hosts share them out: a large batch is one for many hosts.
-        most = max(16, data.batch_size // 4)
-        data.lanes = max(n for n in range(1, most + 1) if data.batch_size % n == 0)
+        rows, most = data.batch_size, max(16, data.batch_size // 4)
+        small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
+        data.lanes = max(n for n in (*small, *(rows // n for n in small)) if n <= most)
     if training.evaluate_batch_size is None:
         training.evaluate_batch_size = data.batch_size // max(1, training.accumulation)
 
@@ -52,6 +55,9 @@ def _checks(config: Config) -> Iterator[Check]:
     training, mesh = config.training, config.mesh
     wrong = [check for check in model_checks(model) if not check[0]]
     yield from wrong
+    if data.batch_size > _MOST_ROWS:
+        yield False, "data.batch_size", f"must be at most {_MOST_ROWS:,}, not {data.batch_size}"
+        return
     positive = {
         "tokenizer.vocab_size": config.tokenizer.vocab_size,
         "tokenizer.train_bytes": config.tokenizer.train_bytes,

@@ -6,12 +6,11 @@ tokenizer = load_tokenizer(folder)
 """
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from lm_jax import paths
+from lm_jax import json_text, paths
 from lm_jax.config import TokenizerConfig
 from lm_jax.data import tokenizer_families as families
 from lm_jax.data import tokenizer_published as published
@@ -169,12 +168,12 @@ def _load_folder(folder: Path) -> Tokenizer:
 def _load_saved(folder: Path) -> Tokenizer:
     where = folder / META
     try:
-        meta = json.loads(where.read_text(encoding="utf-8"))
+        meta = json_text.loads(where.read_bytes())
         kind, fingerprint = meta["kind"], meta["fingerprint"]
         if kind == "bytes":
-            tokenizer = BytesTokenizer(mask=meta.get("mask", False))
+            tokenizer = BytesTokenizer(mask=meta.get("mask") is True)
         elif kind == "characters":
-            tokenizer = CharacterTokenizer(meta["characters"], meta.get("mask", False))
+            tokenizer = CharacterTokenizer(meta["characters"], meta.get("mask") is True)
         elif kind == "sentencepiece":
             tokenizer = _read_model(folder / sentencepiece.FILE)
         elif kind == "huggingface":

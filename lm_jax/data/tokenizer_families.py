@@ -103,25 +103,22 @@ def read_folder(folder: Path) -> HuggingFaceTokenizer:
     for key in _NAMED:
         if not isinstance(files.content(config.get(key)), str | None):
             raise UserError(f"{folder / CONFIG}: {key} is neither text nor a token")
+    what = f"the 'tokenizers' library cannot make a {name} of this and of {CONFIG}"
     try:
-        if definition is not None and name == _BACKEND:
-            tokenizer = parse(json.dumps(definition))
-        else:
-            if definition is not None:
-                vocabulary = files.Vocabulary.of(definition)
-            elif name == _BACKEND:
-                config |= files.added_to_sentencepiece(config, vocabulary)
-            tokenizer = _BUILD[name](config, vocabulary)
-        config["tokenizer_class"] = name
-        _add_tokens(tokenizer, config, folder, definition)
-        _frame(tokenizer, name, config, definition)
+        with files.of_the_library(what):  # TypeError for a wrong flag, among others
+            if definition is not None and name == _BACKEND:
+                tokenizer = parse(json.dumps(definition))
+            else:
+                if definition is not None:
+                    vocabulary = files.Vocabulary.of(definition)
+                elif name == _BACKEND:
+                    config |= files.added_to_sentencepiece(config, vocabulary)
+                tokenizer = _BUILD[name](config, vocabulary)
+            config["tokenizer_class"] = name
+            _add_tokens(tokenizer, config, folder, definition)
+            _frame(tokenizer, name, config, definition)
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
-    except Exception as e:  # the library raises Exception itself, and TypeError for a wrong flag
-        raise UserError(
-            f"{where}: the 'tokenizers' library cannot make a {name} of this and of {CONFIG}:"
-            f" {str(e).splitlines()[0]}"
-        ) from e
     return find_ids(where, tokenizer.to_str(), config, _companions(folder, config))
 
 
@@ -129,6 +126,7 @@ def _class_name(config: dict[str, Any], model: dict[str, Any], definition: Any) 
     stated = config.get("tokenizer_class") or model.get("tokenizer_class")
     stated = stated.removesuffix("Fast") if isinstance(stated, str) else None
     model_type = model.get("model_type")
+    model_type = model_type if isinstance(model_type, str) else None
     registered = _CLASS_OF.get(model_type)
     byte_level = definition is not None and '"ByteLevel"' in json.dumps(definition)
     if stated == "LlamaTokenizer" and byte_level and model_type not in _OVERRULES:
@@ -335,7 +333,7 @@ def _companions(folder: Path, config: dict[str, Any]) -> dict[str, bytes]:
 def read_saved(folder: Path, ids: tuple[int | None, ...]) -> HuggingFaceTokenizer:
     """Reads what saving such a tokenizer wrote."""
     path = folder / FILE
-    names = [name for name in (CONFIG, GENERATION) if (folder / name).exists()]
+    names = [name for name in (CONFIG, GENERATION) if files.read_object(folder / name)]
     companions = {name: (folder / name).read_bytes() for name in names}
     try:
         definition = path.read_text(encoding="utf-8")

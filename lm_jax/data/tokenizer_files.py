@@ -1,9 +1,10 @@
 """The files that published tokenizers come in: vocabularies, merges, and the tokens beside them."""
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,28 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(_text(path))
+        json.dumps(content, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
     return content
+
+
+@contextlib.contextmanager
+def of_the_library(what: str) -> Iterator[None]:
+    """While entered, whatever the `tokenizers` library raises is a UserError that begins with
+    `what`: it raises Exception itself, and what is no Exception where it comes to a defect of its
+    own."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        reason = (str(e).strip().splitlines() or [repr(e)])[0]
+        raise UserError(f"{what}: {reason[:500]}") from e
 
 
 def read_definition(path: Path) -> dict[str, Any]:
@@ -181,7 +199,7 @@ def _read_word_piece(folder: Path, tokenizer: str, config: dict[str, Any]) -> Vo
             raise UserError(f"{path}:{number}: a zero byte, so this is not a vocabulary")
     tokens = {line.rstrip(): i for i, line in enumerate(lines)}  # of two alike, the later counts
     unknown = content(config["unk_token"])
-    if unknown not in tokens:
+    if not isinstance(unknown, str) or unknown not in tokens:
         raise UserError(f"{path}: '{unknown}', the token for unknown text, is not in it")
     return Vocabulary(tokens)
 

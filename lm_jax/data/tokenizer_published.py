@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax import json_text
 from lm_jax.data import tokenizer_files as files
 from lm_jax.data.tokenizer_base import META, Stream, Tokenizer, utf8
 from lm_jax.data.tokenizer_spelling import spelling_of
@@ -21,6 +22,8 @@ GENERATION = "generation_config.json"
 _BOS = ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "[CLS]", "<|endoftext|>")
 _EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[SEP]")
 _MASK = ("[MASK]", "<mask>")
+_MOST_IDS = 1 << 24
+_CANNOT_ENCODE = "the 'tokenizers' library cannot encode the text with this tokenizer"
 _PAD = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 
 
@@ -53,8 +56,14 @@ class HuggingFaceTokenizer(Tokenizer):
         self._json = definition
         self._hf = tokenizer = _whole(definition)
         tokenizer.encode_special_tokens = True  # as text; the name reads otherwise
-        self._processor = json.loads(definition).get("post_processor")
-        self._around = front, _ = _around(self._processor)
+        # As the library has read it: it takes definitions that leave out what they are.
+        processor = tokenizer.post_processor
+        processor = None if processor is None else json.loads(processor.__getstate__())
+        try:
+            self._around = front, _ = _around(processor)
+            self._around_pair = _around_pair(processor)
+        except (KeyError, TypeError, IndexError) as e:
+            raise UserError(f"its post-processor is not one of a text and of two: {e!r}") from None
         if len(front) > 1:
             raise UserError(
                 f"its post-processor puts {len(front)} tokens in front of a text, and lm_jax puts"
@@ -68,8 +77,11 @@ class HuggingFaceTokenizer(Tokenizer):
         special = {i for i, token in added.items() if token.special}
         special |= {i for i in (bos_id, eos_id, mask_id) if i is not None}
         size = max(names) + 1
-        ids = {"bos": bos_id, "eos": eos_id, "pad": pad_id, "mask": mask_id}
-        for name, i in ids.items():
+        if size > _MOST_IDS:
+            raise UserError(f"it has ids up to {size - 1}, and no vocabulary is as large")
+        ids = [("bos", bos_id), ("eos", eos_id), ("pad", pad_id), ("mask", mask_id)]
+        framing = {i for ids in (*self._around, *self._around_pair) for i in ids}
+        for name, i in [*ids, *(("post-processor's", i) for i in sorted(framing))]:
             if i is not None and i not in names:
                 raise UserError(f"the {name} id {i} is not in the vocabulary of {size} ids")
         self._names = names
@@ -93,23 +105,21 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> np.ndarray:
-        utf8(text)
-        return np.asarray(self._hf.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.asarray(_encoded(self._hf, text).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
             utf8(text)
-        found = self._hf.encode_batch_fast(texts, add_special_tokens=False)
+        with files.of_the_library(_CANNOT_ENCODE):
+            found = self._hf.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in found]
 
     def encode_with_specials(self, text: str) -> np.ndarray:
-        utf8(text)
-        return np.asarray(self._marked.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.asarray(_encoded(self._marked, text).ids, np.int32)
 
     def encode_with_marks(self, text: str, marks: Mapping[str, int]) -> np.ndarray:
-        utf8(text)
         tokenizer, of_mark = self._with_marks(tuple(sorted(marks.items())))
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        ids = _encoded(tokenizer, text).ids
         return np.array([of_mark.get(i, i) for i in ids], np.int32)
 
     @functools.cached_property
@@ -140,7 +150,8 @@ class HuggingFaceTokenizer(Tokenizer):
             return super().decode(ids)
         # No table (WordPiece): the library joins the tokens, and drops what it does not know.
         kept = [i for i in map(int, ids) if i in self._names and i not in self.specials]
-        return self._hf.decode(kept, skip_special_tokens=True)
+        with files.of_the_library("the 'tokenizers' library cannot decode with this tokenizer"):
+            return self._hf.decode(kept, skip_special_tokens=True)
 
     def stream(self) -> Stream:
         return super().stream() if self._pieces is not None else _GrowingStream(self)
@@ -153,10 +164,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @functools.cached_property
     def starts_word(self) -> np.ndarray:
-        model = json.loads(self._json)["model"]
-        if model["type"] != "WordPiece":
+        model = self._hf.model
+        if type(model).__name__ != "WordPiece":
             return super().starts_word
-        inside = model["continuing_subword_prefix"]
+        inside = model.continuing_subword_prefix
         starts = [not self._names.get(i, inside).startswith(inside) for i in range(self.vocab_size)]
         starts = np.array(starts, bool)
         starts[list(self.specials)] = True
@@ -167,23 +178,22 @@ class HuggingFaceTokenizer(Tokenizer):
         return np.array([*front, *ids, *back], np.int32)
 
     def frame_pair(self, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, int]:
-        front, between, back = _around_pair(self._processor)
+        front, between, back = self._around_pair
         if not between:  # nothing would tell where the second begins
             return super().frame_pair(first, second)
         ids = np.array([*front, *first, *between, *second, *back], np.int32)
         return ids, len(front) + len(first) + len(between)
 
     def locate(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        utf8(text)
-        found = self._hf.encode(text, add_special_tokens=False)
+        found = _encoded(self._hf, text)
         return np.asarray(found.ids, np.int32), np.asarray(found.offsets, np.int32).reshape(-1, 2)
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:
         """Its eos, and what generation_config.json has for eos: an id or several."""
         try:
-            stated = json.loads(self.companions.get(GENERATION, b"{}")).get("eos_token_id")
-        except (ValueError, AttributeError):
+            stated = json_text.loads(self.companions.get(GENERATION, b"{}")).get("eos_token_id")
+        except (json_text.JsonError, AttributeError):
             raise UserError(f"{GENERATION}: not a JSON object") from None
         several = stated if isinstance(stated, list) else [] if stated is None else [stated]
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in several):
@@ -275,6 +285,8 @@ def find_ids(
             if stated := [config[key] for key in keys if key in config]:
                 tokens = map(files.content, stated)
                 token = next((token for token in tokens if token is not None), None)
+                if not isinstance(token, str | None):
+                    raise UserError(f"its {keys[0]} is neither text nor a token")
                 if token is not None and token not in known_ids:
                     raise UserError(
                         f"'{token}', its {keys[0]} by the files beside it, is not in the vocabulary"
@@ -296,11 +308,14 @@ def parse(definition: str) -> Any:
     """A tokenizer of the `tokenizers` library."""
     import tokenizers
 
-    try:
+    with files.of_the_library("not a tokenizer that the 'tokenizers' library can read"):
         return tokenizers.Tokenizer.from_str(definition)
-    except Exception as e:  # the library raises Exception itself
-        reason = str(e).splitlines()[0] if str(e) else repr(e)
-        raise UserError(f"not a tokenizer that the 'tokenizers' library can read: {reason}") from e
+
+
+def _encoded(tokenizer: Any, text: str) -> Any:
+    utf8(text)
+    with files.of_the_library(_CANNOT_ENCODE):
+        return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _whole(definition: str) -> Any:

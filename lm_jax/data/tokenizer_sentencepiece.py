@@ -41,16 +41,17 @@ class SentencePieceTokenizer(Tokenizer):
         self.model = model
         self._sp = sp = sentencepiece.SentencePieceProcessor()
         try:
-            loaded = bool(model) and sp.LoadFromSerializedProto(model)
-        except RuntimeError:
+            loaded = bool(model) and sp.LoadFromSerializedProto(model) and sp.vocab_size()
+            pieces = [_bytes(sp, i) for i in range(sp.vocab_size())] if loaded else []
+        except (RuntimeError, ValueError):  # a piece that is no text, or a byte that is none
             loaded = False
-        if not loaded or not sp.vocab_size():
+        if not loaded:
             raise UserError("not a SentencePiece model")
         n, self.unk_id = sp.vocab_size(), sp.unk_id()
         specials = {i: sp.id_to_piece(i) for i in range(n) if sp.is_control(i) or sp.is_unknown(i)}
         bos, eos, pad = (i if i >= 0 else None for i in (sp.bos_id(), sp.eos_id(), sp.pad_id()))
         super().__init__(
-            [b"" if i in specials else _bytes(sp, i) for i in range(n)],
+            [b"" if i in specials else pieces[i] for i in range(n)],
             bos_id=bos,
             eos_id=eos,
             # Ours have no padding piece, but one for unknown text, which byte fallback never needs.

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from lm_jax import paths
+from lm_jax import json_text, paths
 from lm_jax.errors import UserError
 
 Record = dict[str, Any]
@@ -102,7 +102,7 @@ class Output:
     def _check_settings(self, there: bool) -> None:
         path = report_of(self._path)
         try:
-            found = json.loads(paths.read_text(path))
+            found = json_text.loads(paths.read_bytes(path))
             before = dict(found["settings"])
             if tuple(found) != _KEYS:
                 raise ValueError
@@ -145,7 +145,7 @@ class Output:
         for n, text in enumerate(data[:whole].split(b"\n")[:-1], 1):
             record = None
             with contextlib.suppress(ValueError):
-                record = json.loads(text)
+                record = json_text.loads(text)
             if not isinstance(record, dict):
                 raise UserError(
                     f"--{self._flag}: '{self._path}', line {n}: no record of an evaluation: name"

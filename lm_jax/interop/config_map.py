@@ -1,8 +1,8 @@
 """config.json to ModelConfig and back, by a family's maps."""
 
-import json
 from typing import Any
 
+from lm_jax import json_text
 from lm_jax.config import NOT_OF_THE_WEIGHTS, ModelConfig, MoeConfig, RopeScaling
 from lm_jax.config_keys import walk
 from lm_jax.errors import UserError
@@ -21,11 +21,11 @@ def read_json(path: str) -> Json:
       UserError: it is not there, or no JSON object.
     """
     try:
-        with open(path, encoding="utf-8") as f:
-            values = json.load(f)
+        with open(path, "rb") as f:
+            values = json_text.loads(f.read())
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
+    except json_text.JsonError as e:
         raise UserError(f"{path}: not JSON: {e}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: must be a JSON object, not {type(values).__name__}")

@@ -227,9 +227,15 @@ def shortest_pattern(windows: list[int]) -> tuple[int, ...]:
     """The shortest tuple that repeats to `windows`; () if all are 0."""
     if not any(windows):
         return ()
-    n = len(windows)
-    period = next(p for p in range(1, n + 1) if all(windows[i] == windows[i % p] for i in range(n)))
-    return tuple(windows[:period])
+    # Of each beginning the longest that it also ends with (Knuth, Morris and Pratt 1977): of all of
+    # it, what is left in front of that is the pattern.
+    both, ends = 0, [0]
+    for window in windows[1:]:
+        while both and window != windows[both]:
+            both = ends[both - 1]
+        both += window == windows[both]
+        ends.append(both)
+    return tuple(windows[: len(windows) - ends[-1]])
 
 
 def read_windows(hf: Json, types: list[str]) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from lm_jax import json_text
 from lm_jax.errors import UserError
 
 DTYPES = {
@@ -121,28 +122,12 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
       UserError: beginning with `where`.
     """
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise UserError(f"{where} is nested too deeply to be read") from None
-    except ValueError as e:  # of UTF-8, of JSON, of an integer of thousands of digits
+        value = json_text.loads(data, finite=True)
+    except json_text.JsonError as e:
         raise UserError(f"{where} cannot be read as JSON: {e}") from None
     if not isinstance(value, dict):
         raise UserError(f"{where} must be a JSON object, not {shown(value)}")
     return value
-
-
-def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in items:
-        if key in found:
-            raise ValueError(f"the key {shown(key)} stands twice")
-        key.encode()  # half of a surrogate pair is no text, though JSON can escape it
-        found[key] = value
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _check_metadata(path: str, metadata: Any) -> None:
@@ -157,6 +142,10 @@ def _tensor(path: str, name: str, entry: Any, data_begin: int) -> Tensor:
         if not holds:
             raise UserError(f"{path}: tensor {shown(name)}: {what}")
 
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # JSON can escape it
+        require(False, "half of a surrogate pair is no text")
     require(
         isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"},
         f"expected an object of dtype, shape and data_offsets, found {shown(entry)}",

@@ -6,11 +6,11 @@ change the result and is not supported is refused by name; what only labels a re
 
 import dataclasses
 import json
-import math
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lm_jax import json_text
 from lm_jax.errors import UserError
 from lm_jax.generation.sampling import Sampling
 
@@ -125,32 +125,9 @@ def check_model(asked: str, model: str) -> None:
 
 
 def _json(body: bytes) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    def number(text: str) -> float:
-        if math.isinf(value := float(text)):
-            raise ValueError(f"{text[:20]} is too large a number")
-        return value
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = {}
-        for key, value in pairs:
-            if key in found:  # readers differ in which of the two counts
-                raise ValueError(f"the key '{key[:60]}' stands there twice")
-            found[key] = value
-        return found
-
     try:
-        found = json.loads(
-            body.decode("utf-8"),
-            parse_constant=refuse,
-            parse_float=number,
-            object_pairs_hook=unique,
-        )
-    except UnicodeDecodeError:
-        raise ApiError(400, "the body is not UTF-8") from None
-    except (ValueError, RecursionError) as e:
+        found = json_text.loads(body, finite=True)
+    except json_text.JsonError as e:
         raise ApiError(400, f"the body is not JSON: {e}") from None
     if not isinstance(found, dict):
         raise ApiError(400, "the body must be a JSON object")

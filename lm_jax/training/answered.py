@@ -4,7 +4,7 @@ import json
 import os
 from typing import Any
 
-from lm_jax import paths
+from lm_jax import json_text, paths
 from lm_jax.evaluation.output import report_of
 from lm_jax.training.answering import BEST, PREDICTIONS, SCORE, Answering
 
@@ -45,7 +45,7 @@ def _read(path: str) -> dict[str, Any]:
     if not paths.exists(path):
         return {}
     try:
-        found = json.loads(paths.read_text(path))
+        found = json_text.loads(paths.read_bytes(path))
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from lm_jax import paths
+from lm_jax import json_text, paths
 from lm_jax.config import CheckpointConfig, Config
 from lm_jax.data.sources import documents
 from lm_jax.data.tokenizer import Tokenizer
@@ -145,8 +145,15 @@ class Answering:
         path = os.path.join(self.folder, SCORE)
         if not paths.exists(path):
             return None
-        score = json.loads(paths.read_text(path))
-        return score if score["step"] in steps else None
+        try:
+            score = json_text.loads(paths.read_bytes(path))
+            _ = score["metric"], float(score["value"]), dict(score.get("settings", {}))
+            return score if score["step"] in steps else None
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(
+                f"{path}: damaged ({e}): remove '{self.folder}', and the next"
+                " checkpoint is the best one so far"
+            ) from None
 
 
 def _better(metric: str, now: dict[str, Any], before: dict[str, Any]) -> bool:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from lm_jax import paths
+from lm_jax import json_text, paths
 from lm_jax.config import Config
 from lm_jax.errors import UserError
 from lm_jax.progress import clock
@@ -130,18 +130,18 @@ def _drop_after(path: str, step: int) -> set[tuple[str, int]]:
     kept, there = [], set()
     if not paths.exists(path):
         return there
-    for line in paths.read_text(path).splitlines(keepends=True):
+    for line in paths.read_bytes(path).split(b"\n"):
         try:
-            record = json.loads(line)
+            record = json_text.loads(line)
             back = record.get("to")  # of kind 'rewound': the step that the run went back to
             if (record["step"] if back is None else back) > step:
                 continue
-            kept.append(line)
             if back is not None:
                 there = {(kind, at) for kind, at in there if at <= back}
             else:
                 there.add((record["kind"], record["step"]))
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+            kept.append(line.decode() + "\n")
+        except (json_text.JsonError, AttributeError, KeyError, TypeError):
             continue
     paths.write_whole(path, "".join(kept))
     return there

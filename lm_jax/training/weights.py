@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 import jax
 from jax.sharding import Mesh
 
-from lm_jax import paths
+from lm_jax import json_text, paths
 from lm_jax.config import NOT_OF_THE_WEIGHTS, OWN_HEADS, Config, ModelConfig, TokenizerConfig
 from lm_jax.config_keys import walk
 from lm_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -66,7 +66,7 @@ def _is_run(path: str) -> bool:
     if paths.isdir(os.path.join(path, "checkpoints")):
         return True
     try:
-        values = json.loads(paths.read_text(os.path.join(path, "config.json")))
+        values = json_text.loads(paths.read_bytes(os.path.join(path, "config.json")))
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and {"model", "data", "training"} <= values.keys()
@@ -286,7 +286,7 @@ def pinned(workdir: str) -> Source:
     """
     note = os.path.join(workdir, _PIN)
     try:
-        values = json.loads(paths.read_text(note))
+        values = json_text.loads(paths.read_bytes(note))
         source, wanted = Source(str(values["path"]), values["step"]), values["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(

@@ -50,7 +50,11 @@ def read_config(workdir: str) -> Config:
     path = os.path.join(workdir, "config.json")
     if not paths.isfile(path):
         raise UserError(f"there is no run in '{workdir}': it has no config.json")
-    return from_json(paths.read_text(path), path)
+    try:
+        text = paths.read_bytes(path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
+    return from_json(text, path)
 
 
 def check(workdir: str, config: Config) -> None:

@@ -16,10 +16,14 @@ DATA = bytes(range(31))
 
 def write_raw(path: pathlib.Path, header: dict | bytes, data: bytes = DATA) -> pathlib.Path:
     """A file with this header, however wrong."""
-    head = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(len(head).to_bytes(8, "little") + head + data)
+    path.write_bytes(raw_bytes(header, data))
     return path
+
+
+def raw_bytes(header: dict | bytes, data: bytes) -> bytes:
+    head = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(head).to_bytes(8, "little") + head + data
 
 
 def save_sharded(folder: pathlib.Path, shards: dict[str, dict], **weight_map: str) -> None:

@@ -183,16 +183,16 @@ def test_a_header_above_the_formats_bound(tmp_path):
 
 A = "tensor 'a': "
 WRONG = {
-    "not UTF-8": (b'{"a\xff": 1}', "the header cannot be read as JSON: .*utf-8"),
+    "not UTF-8": (b'{"a\xff": 1}', "the header cannot be read as JSON: not UTF-8"),
     "UTF-16": (json.dumps(GOOD).encode("utf-16"), "the header cannot be read as JSON"),
     "not JSON": (b'{"a": ', "the header cannot be read as JSON"),
     "NaN": (b'{"a": NaN}', "NaN is no JSON"),
     "not an object": (b"[1, 2]", r"the header must be a JSON object, not \[1, 2\]"),
     "too deep": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
     "huge integer": (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read as JSON: .*digits"),
-    "half a surrogate": (b'{"\\ud800": {}}', "cannot be read as JSON: .*surrogates"),
-    "twice": (json.dumps(GOOD).encode()[:-1] + b', "a": {}}', "the key 'a' stands twice"),
-    "twice inside": (b'{"a": {"dtype": "F32", "dtype": "F16"}}', "the key 'dtype' stands twice"),
+    "half a surrogate": (b'{"\\ud800": {}}', "half of a surrogate pair"),
+    "twice": (json.dumps(GOOD).encode()[:-1] + b', "a": {}}', "the key 'a' stands there twice"),
+    "twice inside": (b'{"a": {"dtype": "F32", "dtype": "F16"}}', "the key 'dtype' stands there"),
     "metadata": (GOOD | {"__metadata__": {"step": 1}}, r"__metadata__ must be.*\{'step': 1\}"),
     "metadata list": (GOOD | {"__metadata__": []}, r"__metadata__ must be.*\[\]"),
     "entry": (GOOD | {"a": 3}, A + "expected an object of dtype, .*, found 3"),
@@ -315,7 +315,7 @@ def test_other_formats_are_refused_with_the_reason(tmp_path, name, reason):
 INDEX = {
     "not JSON": ("{", "cannot be read as JSON"),
     "a list": ("[]", r"must be a JSON object, not \[\]"),
-    "twice": ('{"weight_map": {"x": "a", "x": "b"}}', "the key 'x' stands twice"),
+    "twice": ('{"weight_map": {"x": "a", "x": "b"}}', "the key 'x' stands there twice"),
     "no map": ("{}", "weight_map must be an object of tensor and file names, not None"),
     "empty map": ('{"weight_map": {}}', r"weight_map must be .*not \{\}"),
     "map of lists": ('{"weight_map": {"x": ["a"]}}', "weight_map must be"),
