@@ -38,7 +38,7 @@ def read_pooling(folder: str) -> dict[str, object]:
         elif kind == "Pooling":
             fields["kind"] = _pooling(os.path.join(folder, path, "config.json"))
         elif kind != "Transformer":
-            raise UserError(f"{where}: a module of type {kind[:200]!r} is not supported")
+            raise UserError(f"{where}: a module of type {kind[:200]} is not supported")
     path = os.path.join(folder, "config_sentence_transformers.json")
     if os.path.exists(path) and (prompt := read_json(path).get("default_prompt_name")):
         raise UserError(f"{path}: default_prompt_name = {prompt!r} is not supported")
