@@ -318,13 +318,14 @@ class Checkpoints:
         error: what one of them cannot read, the others do not wait for."""
         got, wrong = None, None
         what = f"the checkpoint of step {step} in '{self.folder}'"
-        try:
-            self._check(step, expected)
-            got = self._read(step, items)
-        except UserError as e:
-            wrong = [type(e).__name__, str(e)]
-        except Exception as e:  # where bytes are wrong, anything may go wrong in who reads them
-            wrong = why_unreadable(e, what)
+        with storage.quiet():
+            try:
+                self._check(step, expected)
+                got = self._read(step, items)
+            except UserError as e:
+                wrong = [type(e).__name__, str(e)]
+            except Exception as e:  # where bytes are wrong, anything may go wrong in who reads them
+                wrong = why_unreadable(e, what)
         if wrong := next(filter(None, together.of_all(wrong)), None):
             raise error_of(wrong)
         with jax.transfer_guard("allow"):

@@ -1,7 +1,10 @@
 """How orbax is to write and read the items of a checkpoint."""
 
+import contextlib
+import gc
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -51,6 +54,19 @@ def reader(folder: str, abstract: Iterable[jax.ShapeDtypeStruct] = ()) -> ocp.Ch
         read_only=True, create=False, multiprocessing_options=alone
     )
     return ocp.CheckpointManager(folder, options=options, item_handlers=_handlers(gigabytes))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what orbax leaves behind of reads that failed from printing tracebacks when it is
+    collected: they are told in one message."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook = before
 
 
 def onto(abstract: Any, mesh: Mesh) -> ocp.args.PyTreeRestore:

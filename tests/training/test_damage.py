@@ -77,6 +77,7 @@ def test_a_bit_is_noticed_and_the_newest_that_is_intact_is_taken(workdir, capfd,
         assert checkpoints.steps() == [1, 2, 3]  # one who reads moves nothing
     assert newest(workdir) == 2
     said = capfd.readouterr().err
+    assert "Traceback" not in said
     assert "the run goes on from step 2" in said and "step 3" in said
     assert (workdir / "damaged" / "3" / item).is_dir()
     damage(workdir, 2, "data/*")
