@@ -61,7 +61,11 @@ make_environment() {
   local wanted there='' extra missing='' from='' fingerprint started=$SECONDS
   wanted=$(printf '%s' "$1 ${LM_JAX_EXTRAS:-}" | tr ',' ' ')
 
-  if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ ! -e "$unfinished" ] &&
+  if [ -s "$unfinished" ] && kill -0 "$(cat "$unfinished")" 2>/dev/null &&
+    [ "$(cat "$unfinished")" != $$ ]; then
+    fail "$VENV is being made by process $(cat "$unfinished"): wait for it, or name another with VENV=DIR"
+  fi
+  if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ ! -e "$unfinished" ] && [ ! -e "$state" ] &&
     [ -n "$(ls -A "$VENV")" ]; then
     fail "$VENV is there and is no virtual environment: remove it, or name another with VENV=DIR"
   fi
@@ -96,7 +100,7 @@ make_environment() {
   fi
   echo "installing lm_jax${there:+ [$there]} into $VENV (once, a minute or two) ..." >&2
   rm -f "$state"
-  touch "$unfinished"
+  echo $$ >"$unfinished"
   if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
     --editable "$ROOT${there:+[${there// /,}]}" >"$log" 2>&1; then
     _explain "$log"
@@ -119,7 +123,7 @@ _new_environment() {
   fi
   if ! said=$(
     {
-      mkdir -p "$VENV" && touch "$1" &&
+      mkdir -p "$VENV" && echo $$ >"$1" &&
         find "$VENV/" -mindepth 1 ! -path "$VENV/$(basename "$1")" -delete &&
         "$BASE" -m venv "$VENV"
     } 2>&1

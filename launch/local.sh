@@ -8,6 +8,12 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+case "${1:-}" in
+  -h | --help)
+    usage
+    exit 0
+    ;;
+esac
 make_environment ""
 
 # Paths that the user gives are relative to where the user is; the defaults lie beside this folder.

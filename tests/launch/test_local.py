@@ -164,6 +164,29 @@ def test_an_installation_that_was_cut_off_is_not_trusted(checkout):
     assert not left.exists(), "it was to be made anew"
 
 
+def test_one_installation_at_a_time_and_help_is_none(checkout):
+    process = checkout.start("launch/local.sh", PIP="hang")
+    while not checkout.log.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    try:
+        code, _, err = checkout.run("launch/local.sh")
+        assert code == 1 and f"is being made by process {process.pid}: wait for it" in err, err
+        code, out, _ = checkout.run("launch/local.sh", "--help")
+        assert code == 0 and "launch/local.sh [--config=FILE.py" in "\n".join(out)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_an_environment_whose_interpreter_is_gone_is_made_anew(checkout):
+    assert checkout.run("launch/local.sh")[0] == 0
+    shutil.rmtree(checkout.root / ".venv" / "bin")
+    (checkout.root / ".venv" / "pyvenv.cfg").unlink()
+    code, _, err = checkout.run("launch/local.sh")
+    assert code == 0 and "installing lm_jax" in err
+
+
 def test_interpreters_that_do_not_run_or_are_too_old_are_passed_over(checkout, tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
