@@ -24,8 +24,9 @@ from lm_jax.data import packing, worker
 from lm_jax.data.packing import Batch, Block, CropLane, Encode, FlatText, Row
 from lm_jax.data.sources import by_source, documents
 from lm_jax.data.tokenizer_base import Tokenizer
-from lm_jax.errors import UserError
+from lm_jax.errors import Interrupted, UserError
 
+_KILLED = "terminated unexpectedly"  # what Grain says of a worker process that is gone
 _AHEAD = 2  # batches that each worker (or the thread) prepares beyond the one in use
 State = dict[str, Any]
 
@@ -183,8 +184,13 @@ class Stream(Iterator[Batch]):
             self._blocks = self._open()
         try:
             blocks = [next(self._blocks) for _ in range(max(self._workers, 1))]
-        except BaseException:
+        except BaseException as e:
             self.close()
+            if isinstance(e, RuntimeError) and _KILLED in str(e):
+                raise Interrupted(
+                    "data.workers: a worker process was killed, for want of memory perhaps; the"
+                    " same command goes on, with fewer workers if you like"
+                ) from None
             raise
         live = sum(int(block.pop("rows")) for block in blocks)
         for block in blocks:

@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from data_helpers import (
 )
 
 from lm_jax.data.loader import train_stream
-from lm_jax.errors import UserError
+from lm_jax.errors import Interrupted, UserError
 
 LENGTHS = [3, 30, 1, 8, 9, 2, 17, 5, 12, 7, 40, 11, 6]
 TOKENIZER = NumbersTokenizer(eos_id=3)
@@ -132,6 +133,19 @@ def test_a_bad_record_surfaces_with_its_place(tmp_path, workers):
     assert multiprocessing.active_children() == []
     config.on_error, config.workers = "skip", 0
     assert sum(targets(train_stream(config, TOKENIZER, seed=0)).values()) == 8 * 6
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", numbered_documents([50] * 8))
+    config = data_config(path, epochs=None, workers=1)
+    with train_stream(config, NumbersTokenizer(eos_id=3), seed=0) as stream:
+        before = next(stream)
+        (child,) = multiprocessing.active_children()
+        os.kill(child.pid, signal.SIGKILL)
+        with pytest.raises(Interrupted, match="a worker process was killed"):
+            list(itertools.islice(stream, 100))
+        stream.set_state({str(lane): None for lane in range(config.lanes)})
+        assert_same(before, next(stream))
 
 
 def test_seeds_and_epochs_differ(tmp_path):
