@@ -33,8 +33,8 @@ def configure(
     """
     # Orbax and jax report each step of each save and each backend that is not there; what a reader
     # needs, this package says itself.
-    for name in ("absl", "jax"):
-        logging.getLogger(name).setLevel(logging.CRITICAL if name == "absl" else logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("jax").setLevel(logging.ERROR)
     # Of several files that cannot be read, one is reported.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     job = cluster.find_job(os.environ, coordinator, processes, process)

@@ -1,12 +1,15 @@
 """Runs the package's commands as a user does, on a corpus and a model that are tiny."""
 
 import functools
+import importlib.util
 import json
 import os
 import pathlib
 import random
 import subprocess
 import time
+import types
+from typing import IO
 
 import jax
 import numpy as np
@@ -31,16 +34,33 @@ def python() -> list[str]:
     return warm_python.started()
 
 
-def start(command: str, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen:
-    """`python -m lm_jax.COMMAND ARGS` from the repository's root, with its output as text."""
+def start(
+    command: str,
+    *args: str,
+    env: dict[str, str] | None = None,
+    output: IO | int = subprocess.PIPE,
+) -> subprocess.Popen:
+    """`python -m lm_jax.COMMAND ARGS` from the repository's root, with its output as text.
+
+    Args:
+      output: a file for all of it; of a command that runs long, somebody would have to empty pipes.
+    """
     return subprocess.Popen(
         [*python(), "-m", f"lm_jax.{command}", *args],
         cwd=ROOT,
         env=env or environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         text=True,
     )
+
+
+def loaded(path: str) -> types.ModuleType:
+    """A recipe or script, by its path from the repository's root."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(command: str, *args: str, env: dict[str, str] | None = None):

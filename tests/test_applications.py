@@ -1,7 +1,6 @@
 """Each application from its recipe's tiny variant to a score, on examples that can be learned."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -69,10 +68,7 @@ def _examples(name, count):
 
 
 def recipe(name, variant="tiny", **overrides):
-    spec = importlib.util.spec_from_file_location(name, commands.ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(variant)
+    config = commands.loaded(f"configs/{name}.py").get_config(variant)
     config.logging.tensorboard = False
     config.tokenizer.vocab_size = 300
     for key, value in overrides.items():

@@ -1,7 +1,6 @@
 """Runs whose numbers go wrong: what is left out, what they go back to, and what they say of it."""
 
 import contextlib
-import importlib.util
 import json
 import math
 import pathlib
@@ -21,10 +20,7 @@ from lm_jax.validation import validate
 
 def config_of(corpus, **changes):
     """As `commands.tiny`, for a run in this process. Keyword a__b is the key a.b."""
-    spec = importlib.util.spec_from_file_location("recipe", commands.ROOT / "configs/quickstart.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    config = recipe.get_config()
+    config = commands.loaded("configs/quickstart.py").get_config()
     changes = {"data__sources": (str(corpus),), "training__steps": 60} | changes
     changes = {"checkpoint__keep": 9, "optimizer__learning_rate": 0.01} | changes
     flags = [flag.removeprefix("--config.") for flag in commands.tiny(corpus)[1:]]

@@ -2,9 +2,9 @@
 number of parameters."""
 
 import dataclasses
-import importlib.util
 import pathlib
 
+import commands
 import jax
 import jax.numpy as jnp
 import pytest
@@ -79,10 +79,7 @@ BETWEEN = {
 
 
 def module(recipe: str):
-    spec = importlib.util.spec_from_file_location(recipe, CONFIGS / f"{recipe}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    return commands.loaded(f"configs/{recipe}.py")
 
 
 def configured(recipe: str, variant: str, vocab_size: int = 50257) -> Config:

@@ -138,6 +138,7 @@ class Checkpoints:
         self._save(step, parameters, None, None)
         self.wait()
 
+    @jax.transfer_guard("allow")
     def _save(self, step: int, parameters: Parameters, optimizer: Any, data: Any) -> None:
         failed = self._failure_before()
         arrays = {"parameters": parameters, "optimizer": optimizer}
@@ -148,24 +149,24 @@ class Checkpoints:
             self._reopen()
         if obstacle:
             raise Unsaved("\n".join(filter(None, [failed, _unsaved(step, obstacle)])))
-        with jax.transfer_guard("allow"):
-            sums, strange = item_sums(arrays)
-            if strange:
-                some = ", ".join(strange[:3]) + (" and others" if strange[3:] else "")
-                raise Unsaved(_unsaved(step, f"not every number in it is finite: {some}"))
-            items = {name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items()}
-            if data is not None:
-                items["data"], sums["data"] = ocp.args.JsonSave(data), json_sum(data)
-            items["sums"] = ocp.args.JsonSave(sums)
-            self.begun = step
-            try:
-                # Else none before the newest is saved.
-                self._manager.save(step, args=ocp.args.Composite(**items), force=data is None)
-            except STORE as e:
-                failed = "\n".join(filter(None, [failed, self._failed(said(e))]))
+        sums, strange = item_sums(arrays)
+        if strange:
+            some = ", ".join(strange[:3]) + (" and others" if strange[3:] else "")
+            raise Unsaved(_unsaved(step, f"not every number in it is finite: {some}"))
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items()}
+        if data is not None:
+            items["data"], sums["data"] = ocp.args.JsonSave(data), json_sum(data)
+        items["sums"] = ocp.args.JsonSave(sums)
+        self.begun = step
+        try:
+            # Else none before the newest is saved.
+            self._manager.save(step, args=ocp.args.Composite(**items), force=data is None)
+        except STORE as e:
+            failed = "\n".join(filter(None, [failed, self._failed(said(e))]))
         if failed:
             raise Unsaved(failed)
 
+    @jax.transfer_guard("allow")
     def delete(self, step: int) -> None:
         self._manager.delete(step)
 
@@ -178,6 +179,7 @@ class Checkpoints:
         if failed := self._failure_before():
             raise Unsaved(failed)
 
+    @jax.transfer_guard("allow")
     def _failure_before(self) -> str:
         """Waits for the save that was begun; what is to be said of it if it failed, or ''."""
         if self.begun is None:
@@ -288,6 +290,7 @@ class Checkpoints:
             return None
         raise UserError("\n".join([*wrong.values(), "there is no other to go on from"]))
 
+    @jax.transfer_guard("allow")
     def _put_aside(self, wrong: dict[int, str], instead: int) -> None:
         if not wrong:
             return
@@ -313,6 +316,7 @@ class Checkpoints:
         restore = storage.onto(abstract, mesh)
         return self._restore(step, abstract, parameters=restore)["parameters"]
 
+    @jax.transfer_guard("allow")
     def _restore(self, step: int, expected: Parameters, **items: Any) -> Any:
         """The items, each of them as its sums say that it was. All processes get them, or the same
         error: what one of them cannot read, the others do not wait for."""
@@ -328,8 +332,7 @@ class Checkpoints:
                 wrong = why_unreadable(e, what)
         if wrong := next(filter(None, together.of_all(wrong)), None):
             raise error_of(wrong)
-        with jax.transfer_guard("allow"):
-            sums, _ = item_sums({name: got[name] for name in items if name in storage.ARRAYS})
+        sums, _ = item_sums({name: got[name] for name in items if name in storage.ARRAYS})
         other = differing(sums, got.get("data"), got.get("sums"))
         if other := next(filter(None, together.of_all(other)), ""):
             raise damaged(what, f"{other} is not what was saved")

@@ -15,8 +15,6 @@ from lm_jax.config import OWN_HEADS, Config
 from lm_jax.data.corpus import changes, fingerprint
 from lm_jax.data.loader import Stream
 from lm_jax.errors import UserError
-from lm_jax.model.lora import base_config
-from lm_jax.model.parameters import Parameters
 from lm_jax.training import together, weights
 from lm_jax.training.checkpoint import Checkpoints
 from lm_jax.training.checkpoint_errors import Unsaved
@@ -68,12 +66,10 @@ class Keeper:
         from, for a reader."""
         model = self._config.model
         begun = together.said_by_first(self._checkpoints.latest()) is not None
-        given: Parameters = {}
         origin = f"starts afresh, seed {self._config.training.seed}"
-        if model.lora.rank or (not begun and self._config.init_from):
-            self.source = weights.source_of(self._workdir, self._config)
+        self.source, given = weights.begun_with(self._config, self._workdir, self._mesh, begun)
+        if self.source:
             origin = f"starts from the weights of {self.source}"
-            given = weights.load_start(self.source, base_config(model), self._mesh)
             if self._config.data.objective in OWN_HEADS and "head" not in given:
                 of = f" for {model.labels} classes" if model.labels else ""
                 origin += f", with a new head{of}"
@@ -107,8 +103,7 @@ class Keeper:
         }
         said = self._settled()
         try:
-            with jax.transfer_guard("allow"):
-                self._checkpoints.save(step, state, place)
+            self._checkpoints.save(step, state, place)
         except Unsaved as e:
             said += f"warning: {e}\n"
         if self._checkpoints.begun == step:
@@ -125,21 +120,19 @@ class Keeper:
         Raises:
           Unsaved: it could not be.
         """
-        for last, pause in zip((False, False, True), _PAUSES, strict=True):
+        for pause in _PAUSES:
             time.sleep(pause)
             if said := self.save(step, state, unjudged):
                 say(said)
             if self.saved == step:
                 try:
-                    with jax.transfer_guard("allow"):
-                        return self._checkpoints.wait()
+                    return self._checkpoints.wait()
                 except Unsaved as e:
                     self.saved, said = -1, str(e)
-            if last:
-                raise Unsaved(
-                    f"{said.removeprefix('warning: ')}\nthe run's last state is not saved; the same"
-                    " command goes on from the newest checkpoint, if there is one"
-                )
+        raise Unsaved(
+            f"{said.removeprefix('warning: ')}\nthe run's last state is not saved; the same command"
+            " goes on from the newest checkpoint, if there is one"
+        )
 
     def rewind(self, step: int, state: TrainState) -> tuple[TrainState, int] | None:
         """The state before a spike at a step, as it was saved, and its step; None if there is none.
@@ -152,28 +145,27 @@ class Keeper:
           UserError: what there is of checkpoints is damaged.
         """
         last = step - _CLEAR
-        with jax.transfer_guard("allow"):
-            with contextlib.suppress(Unsaved):
-                self._checkpoints.wait()
-            steps = together.said_by_first(self._checkpoints.steps())
-            if not steps or steps[0] > last:
-                return None
-            rewinds, abstract = self.health.rewinds + 1, jax.eval_shape(self._step.init)
-            for x in jax.tree.leaves((state.parameters, state.optimizer)):
-                x.delete()
-            target, state, place = self._checkpoints.restore_newest(
-                abstract, self._mesh, state.frozen, last
-            )
-            for later in steps:
-                if later > last:
-                    self._checkpoints.delete(later)
+        with contextlib.suppress(Unsaved):
+            self._checkpoints.wait()
+        steps = together.said_by_first(self._checkpoints.steps())
+        if not steps or steps[0] > last:
+            return None
+        rewinds, abstract = self.health.rewinds + 1, jax.eval_shape(self._step.init)
+        for x in jax.tree.leaves((state.parameters, state.optimizer)):
+            x.delete()
+        target, state, place = self._checkpoints.restore_newest(
+            abstract, self._mesh, state.frozen, last
+        )
+        for later in steps:
+            if later > last:
+                self._checkpoints.delete(later)
         self._recall(target, place)
         self.health.rewinds = rewinds
         return state, target
 
     def finished(self) -> str:
         """Which checkpoint there is, for a reader."""
-        with contextlib.suppress(Unsaved), jax.transfer_guard("allow"):
+        with contextlib.suppress(Unsaved):
             self._checkpoints.wait()
         newest = self._checkpoints.latest()
         return "nothing is saved" if newest is None else f"step {newest} is saved"

@@ -55,11 +55,10 @@ class Occasions:
             answer when it asks as often as the others.
         """
         self._metrics, self._log, self._ledger, self._stop = metrics, log, ledger, stop
-        with jax.transfer_guard("allow"):
-            measured = together.said_by_first(sorted(metrics.measured))
-            self._done = {(kind, at) for kind, at in measured} | {("sample", start)}
-            if self._answering and not together.said_by_first(is_answered(self._answering, start)):
-                self._done.discard(("task", start))  # later ones are not there yet
+        measured = together.said_by_first(sorted(metrics.measured))
+        self._done = {(kind, at) for kind, at in measured} | {("sample", start)}
+        if self._answering and not together.said_by_first(is_answered(self._answering, start)):
+            self._done.discard(("task", start))  # later ones are not there yet
 
     def at(self, state: TrainState, step: int) -> None:
         """Does what is due at a step in the middle of the run."""

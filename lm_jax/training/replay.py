@@ -14,7 +14,6 @@ from lm_jax import paths
 from lm_jax.config import Config
 from lm_jax.data.loader import train_stream
 from lm_jax.errors import UserError
-from lm_jax.model.lora import base_config
 from lm_jax.progress import progress
 from lm_jax.sharding.mesh import make_mesh, to_devices
 from lm_jax.training import weights
@@ -91,10 +90,7 @@ def _state_before(config: Config, workdir: str, step: int, update, mesh, stream)
     if paths.isdir(os.path.join(workdir, "checkpoints")):
         with Checkpoints(workdir) as checkpoints:
             steps = [s for s in checkpoints.steps() if s < step]
-    given = {}
-    if config.model.lora.rank or (not steps and config.init_from):
-        source = weights.source_of(workdir, config)
-        given = weights.load_start(source, base_config(config.model), mesh)
+    _, given = weights.begun_with(config, workdir, mesh, bool(steps))
     if not steps:
         return jax.jit(update.init_from, donate_argnums=0)(given), 0
     with Checkpoints(workdir) as checkpoints:

@@ -55,6 +55,7 @@ def check_same(value: Any, what: str) -> None:
         )
 
 
+@jax.transfer_guard("allow")
 def said_by_first(value: Any) -> Any:
     """What process 0 gives, on all processes: of those, a disk may look otherwise to each.
 
@@ -67,6 +68,7 @@ def said_by_first(value: Any) -> Any:
     return json.loads(_bytes_of_first(own))
 
 
+@jax.transfer_guard("allow")
 def of_all(value: Any) -> list[Any]:
     """What each process gives, on all of them.
 

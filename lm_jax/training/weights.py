@@ -261,6 +261,24 @@ def settings_of(source: Source) -> tuple[Config, Tokenizer]:
 # What adapters belong to.
 
 
+def begun_with(
+    config: Config, workdir: str, mesh: Mesh, begun: bool
+) -> tuple[Source | None, Parameters]:
+    """The weights that a run has from elsewhere, and whose they are; None and none of a run that
+    has none, or has them in its checkpoints.
+
+    Args:
+      begun: whether it goes on from a checkpoint.
+
+    Raises:
+      UserError: as `load_weights`.
+    """
+    if not (config.model.lora.rank or (config.init_from and not begun)):
+        return None, {}
+    source = source_of(workdir, config)
+    return source, load_start(source, lora.base_config(config.model), mesh)
+
+
 def source_of(workdir: str, config: Config) -> Source:
     """What a run starts from: for adapters that are there already, the very same as before."""
     if paths.exists(os.path.join(workdir, _PIN)):

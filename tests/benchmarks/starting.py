@@ -66,7 +66,7 @@ def run_to_first_step(begun: float, flags: list[str]) -> None:
     sys.argv = ["train", *flags]
     import lm_jax.train
     from lm_jax import cli, runtime  # noqa: F401
-    from lm_jax.training import loop  # isort: skip
+    from lm_jax.training import keeping, loop, occasions  # isort: skip
 
     import jax
 
@@ -88,8 +88,8 @@ def run_to_first_step(begun: float, flags: list[str]) -> None:
 
     timed(loop.workdir_lib, "obtain_tokenizer", "tokenizer")
     timed(loop._Run, "_next_batch", "data")
-    timed(loop._Run, "restore_or_begin", "init")
-    timed(loop._Run, "_sample", "sample")
+    timed(keeping.Keeper, "begin", "init")
+    timed(occasions.Occasions, "sample", "sample")
     make = loop.jit_train_step
 
     def jit_train_step(*args: Any) -> Any:

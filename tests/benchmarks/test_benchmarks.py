@@ -1,7 +1,6 @@
 """The benchmarks run, at a size that says nothing about speed or memory."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import pathlib
@@ -70,9 +69,7 @@ def chatting(tmp_path_factory) -> pathlib.Path:
 
 
 def run_here(name: str, monkeypatch, *flags: object) -> tuple[types.ModuleType, int]:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = commands.loaded(f"tests/benchmarks/{name}.py")
     monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
     return module, module.main()
 
@@ -106,9 +103,7 @@ def test_fairness_agrees_or_it_fails(chatting, tmp_path, monkeypatch, capsys):
 
 
 def test_plans_are_shown_as_a_table_and_not_compiled_again(tmp_path):
-    spec = importlib.util.spec_from_file_location("plans", FOLDER / "plans.py")
-    plans = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plans)
+    plans = commands.loaded("tests/benchmarks/plans.py")
     (model, *what), (_, *other) = [row for row in plans.ROWS if row[0] == "GPT-2 124M"]
     plan = {
         "mesh": {"data": 2, "fsdp": 2, "tensor": 1},

@@ -1,15 +1,14 @@
 """CrowS-Pairs: scores as by Transformers alone, shares by hand, and files that are wrong."""
 
-import importlib.util
 import json
 
+import commands
 import jax
 import numpy as np
 import published_folders
 import pytest
 import torch
 import transformers as hf
-from commands import ROOT
 
 from lm_jax.config import MeshConfig
 from lm_jax.errors import UserError
@@ -49,11 +48,7 @@ MODELS = {
 
 
 def benchmark():
-    path = ROOT / "tests" / "benchmarks" / "fairness.py"
-    spec = importlib.util.spec_from_file_location("fairness", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return commands.loaded("tests/benchmarks/fairness.py")
 
 
 @pytest.mark.parametrize("name", MODELS)

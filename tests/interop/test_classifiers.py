@@ -1,7 +1,6 @@
 """Classifiers from Transformers and back: the same probabilities, under the same names."""
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import shutil
@@ -252,11 +251,7 @@ def test_a_published_classifier_is_evaluated_as_it_is(case, folders, reviews):
 
 def recipe() -> Config:
     """That of the documents for a published model that writes."""
-    path = commands.ROOT / "configs" / "sentiment.py"
-    spec = importlib.util.spec_from_file_location("sentiment", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config("decoder")
+    return commands.loaded("configs/sentiment.py").get_config("decoder")
 
 
 def start_from(folder: pathlib.Path, reviews: pathlib.Path, labels=()) -> Config:

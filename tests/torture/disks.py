@@ -99,13 +99,8 @@ def _lived(
     """A run through a fault that begins once something is saved and ends a while later."""
     said = workdir.parent.with_suffix(".said")
     with open(said, "w") as output:
-        process = subprocess.Popen(
-            [*commands.python(), "-m", "lm_jax.train", *_flags(corpus), f"--workdir={workdir}"],
-            cwd=commands.ROOT,
-            env=environment(),
-            stdout=output,
-            stderr=output,
-        )
+        flags = [*_flags(corpus), f"--workdir={workdir}"]
+        process = commands.start("train", *flags, env=environment(), output=output)
     try:
         _until(process, lambda: _saved(workdir) >= 60)
         before = _saved(workdir)

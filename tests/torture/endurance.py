@@ -14,7 +14,6 @@ import argparse
 import json
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -57,15 +56,10 @@ def torture(folder: pathlib.Path, minutes: float) -> dict[str, object]:
         data__workers=2,
         logging__tensorboard=True,
     )
-    said = folder / "said.txt"  # not a pipe, which somebody would have to empty
+    said = folder / "said.txt"
     with open(said, "w") as output:
-        process = subprocess.Popen(
-            [*commands.python(), "-m", "lm_jax.train", *flags, f"--workdir={workdir}"],
-            cwd=commands.ROOT,
-            env=environment(2),
-            stdout=output,
-            stderr=output,
-        )
+        flags = [*flags, f"--workdir={workdir}"]
+        process = commands.start("train", *flags, env=environment(2), output=output)
     seen: list[dict[str, int]] = []
     try:
         while not (workdir / "metrics.jsonl").exists():
