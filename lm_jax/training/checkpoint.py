@@ -11,6 +11,7 @@ One that fails does nothing.
 """
 
 import contextlib
+import gc
 import math
 import os
 import shutil
@@ -330,6 +331,8 @@ class Checkpoints:
                 wrong = [type(e).__name__, str(e)]
             except Exception as e:  # where bytes are wrong, anything may go wrong in who reads them
                 wrong = why_unreadable(e, what)
+            if wrong:
+                gc.collect()
         if wrong := next(filter(None, together.of_all(wrong)), None):
             raise error_of(wrong)
         sums, _ = item_sums({name: got[name] for name in items if name in storage.ARRAYS})

@@ -99,8 +99,9 @@ def _sum(x: jax.Array) -> jax.Array:
     if jnp.issubdtype(x.dtype, jnp.floating):
         strange = (~jnp.isfinite(x)).astype(jnp.uint32)
     # For each place another bijection of the bits; and of these another one.
-    first = _scattered(_scattered(bits) + place * np.uint32(0x9E3779B1))
-    terms = first, _scattered(first ^ np.uint32(0x7F4A7C15)), strange
+    first = _scattered(bits + place * np.uint32(0x9E3779B1))
+    second = first * np.uint32(0x7FEB352D)
+    terms = first, second ^ (second >> 15), strange
     # One reduction of the three: of three, each would write its terms to memory first, on a CPU
     # eight times slower and with two arrays more of the size of `x`.
     zeros = (np.uint32(0),) * len(terms)

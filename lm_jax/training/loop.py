@@ -37,7 +37,7 @@ from lm_jax.training.farewell import farewell
 from lm_jax.training.goodput import Ledger
 from lm_jax.training.greeting import greeting
 from lm_jax.training.health import Verdict
-from lm_jax.training.keeping import Keeper
+from lm_jax.training.keeping import Keeper, Unjudged
 from lm_jax.training.masking import make_masking
 from lm_jax.training.metrics import Metrics
 from lm_jax.training.occasions import Occasions
@@ -379,7 +379,7 @@ class _Run:
             self.metrics.flush()
             self._say(self.keeper.save(step, state, self._unjudged()))
 
-    def _unjudged(self) -> tuple[float, float] | None:
+    def _unjudged(self) -> Unjudged:
         return self.keeper.unjudged if self.newest is None else _values(self.newest)
 
     def _keep_for_good(self, state: TrainState, step: int, caught: int) -> None:

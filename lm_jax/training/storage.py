@@ -1,7 +1,6 @@
 """How orbax is to write and read the items of a checkpoint."""
 
 import contextlib
-import gc
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -65,7 +64,6 @@ def quiet() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()
         sys.unraisablehook = before
 
 
