@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import errno
+import functools
 import inspect
 import os
 import re
@@ -26,7 +27,7 @@ _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 flags.disclaim_key_flags()  # a flag defined here belongs, in --help, to the entry point that asked
 
 
-def define_config_flag() -> flags.FlagHolder:
+def define_config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
     docs = _comments()
     lines = []
     for key, value, f in walk(Config()):
@@ -35,13 +36,20 @@ def define_config_flag() -> flags.FlagHolder:
             said.append(" | ".join(map(str, choices)))
         lines.append(f"  --config.{key}={value!r}" + (f"  # {'; '.join(said)}" if said else ""))
     keys = "\n".join(lines)
-    return config_flags.DEFINE_config_file(
-        "config",
-        help_string="A recipe, FILE.py or FILE.py:ARG, whose get_config(ARG) returns an"
-        " lm_jax.config.Config. Single fields can be overridden; the keys with their defaults:\n"
-        + keys,
-        lock_config=False,
-    )
+    try:
+        return config_flags.DEFINE_config_file(
+            "config",
+            help_string="A recipe, FILE.py or FILE.py:ARG, whose get_config(ARG) returns an"
+            " lm_jax.config.Config. Single fields can be overridden; the keys with their"
+            f" defaults:\n{keys}",
+            lock_config=False,
+            flag_values=flag_values,
+        )
+    except (flags.Error, ValueError) as e:  # already here it reads what --flagfile names
+        why = e.__context__
+        if isinstance(why, OSError):
+            why = f"{why.filename}: {why.strerror}"
+        _fail(f"--flagfile: {why or e}")
 
 
 def define_model_flag() -> flags.FlagHolder:
@@ -119,6 +127,7 @@ def check_new_file(flag: str, path: str) -> None:
         raise UserError(f"--{flag}: there is no folder '{os.path.dirname(path)}'")
 
 
+@functools.cache
 def _comments() -> dict[str, str]:
     """Key -> its comment, read from where the field is declared: said once, shown here as well.
 

@@ -6,8 +6,20 @@
 128+N  ended by signal N; a run has saved then, if it had done a step
 """
 
+import reprlib
+
 WRONG = 1
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
+
+_shorten = reprlib.Repr()
+_shorten.maxstring = _shorten.maxother = 200
+_shorten.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """`value` for a message: quoted, and cut where it is long."""
+    return _shorten.repr(value)
 
 
 def ended_by(number: int) -> int:

@@ -1,10 +1,17 @@
 """JSON that somebody else wrote, read strictly: what is damaged is an error of one kind."""
 
+import itertools
 import json
 import math
+import re
 from typing import Any
 
 _SHOWN = 60  # characters of what a message quotes
+# Levels of objects and lists. How many Python itself can read depends on who calls it; what is read
+# twice is to be refused twice for the same reason.
+_DEEPEST = 200
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 class JsonError(ValueError):
@@ -34,6 +41,8 @@ def loads(text: str | bytes, *, finite: bool = False) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
+        if text.count("[") + text.count("{") > _DEEPEST and _depth(text) > _DEEPEST:
+            raise JsonError(f"nested too deeply, in more than {_DEEPEST} levels")
         return json.loads(
             text,
             object_pairs_hook=_unique,
@@ -45,12 +54,16 @@ def loads(text: str | bytes, *, finite: bool = False) -> Any:
         raise JsonError(f"not UTF-8 at byte {e.start}", line) from None
     except json.JSONDecodeError as e:
         raise JsonError(e.msg, e.lineno, e.colno) from None
-    except RecursionError:
-        raise JsonError("nested too deeply") from None
     except JsonError:
         raise
     except ValueError:  # Python refuses to take the time that such an integer needs
         raise JsonError("an integer of thousands of digits") from None
+
+
+def _depth(text: str) -> int:
+    """How deep objects and lists lie in one another, at least as far as the text is JSON."""
+    brackets = _STRING.sub("", text).encode("utf-8", "replace").translate(None, _NO_BRACKETS)
+    return max(itertools.accumulate(1 if b in b"[{" else -1 for b in brackets), default=0)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -177,6 +177,14 @@ def test_a_workdir_without_a_run(tmp_path, command):
     assert "--workdir" in fails(command=command)
 
 
+def test_a_file_of_flags_that_cannot_be_read(tmp_path):
+    (tmp_path / "image").write_bytes(b"\x89PNG\xff")
+    assert f"--flagfile: {tmp_path}/none: No such file" in fails(f"--flagfile={tmp_path}/none")
+    assert "--flagfile: 'utf-8' codec can't decode" in fails(f"--flagfile={tmp_path}/image")
+    (tmp_path / "flags").write_text(f"{commands.RECIPE}\n--config.model.layer=2\n")
+    assert "layer" in fails(f"--flagfile={tmp_path}/flags", f"--workdir={tmp_path}/run")
+
+
 def test_a_run_that_diverges_is_stopped(corpus, tmp_path):
     flags = tiny(
         corpus,

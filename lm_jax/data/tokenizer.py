@@ -23,7 +23,7 @@ from lm_jax.data.tokenizer_base import (
     Tokenizer,
     utf8,
 )
-from lm_jax.errors import UserError
+from lm_jax.errors import UserError, shown
 
 __all__ = [
     "Stream",
@@ -180,7 +180,7 @@ def _load_saved(folder: Path) -> Tokenizer:
             ids = (meta["bos_id"], meta["eos_id"], meta["pad_id"], meta.get("mask_id"))
             tokenizer = families.read_saved(folder, ids)
         else:
-            raise UserError(f"{where}: no kind of tokenizer is called {kind!r}")
+            raise UserError(f"{where}: no kind of tokenizer is called {shown(kind)}")
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{where}: damaged: not what saving a tokenizer writes") from None
     if tokenizer.fingerprint != fingerprint:

@@ -5,7 +5,7 @@ from typing import Any
 from lm_jax import json_text
 from lm_jax.config import NOT_OF_THE_WEIGHTS, ModelConfig, MoeConfig, RopeScaling
 from lm_jax.config_keys import walk
-from lm_jax.errors import UserError
+from lm_jax.errors import UserError, shown
 from lm_jax.interop.family import Family, Json
 from lm_jax.interop.labels import default_labels, read_labels, write_labels
 from lm_jax.interop.registry import FAMILIES
@@ -39,21 +39,23 @@ def family_of(hf: Json, where: str) -> Family:
     """
     kind, classes = hf.get("model_type"), hf.get("architectures") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise UserError(f"{where}: architectures must be a list of names, not {classes!r}")
+        raise UserError(f"{where}: architectures must be a list of names, not {shown(classes)}")
     known = {name: f for f in FAMILIES.values() for name in f.architectures}
     if kind is None and classes:
         kind = known[classes[0]].model_type if classes[0] in known else None
     if not isinstance(kind, str) or kind not in FAMILIES:
-        said = f"model_type {kind!r}" if kind is not None else f"architectures {classes!r}"
+        said = (
+            f"model_type {shown(kind)}" if kind is not None else f"architectures {shown(classes)}"
+        )
         raise UserError(f"{where}: {said} is not supported; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     if classes and classes[0] in family.refused:
         raise UserError(
-            f"{where}: architecture {classes[0]!r} is not supported: {family.refused[classes[0]]}"
+            f"{where}: architecture {classes[0]} is not supported: {family.refused[classes[0]]}"
         )
     if classes and classes[0] not in family.architectures:
         raise UserError(
-            f"{where}: architecture {classes[0]!r} is not supported; supported of {kind}:"
+            f"{where}: architecture {shown(classes[0])} is not supported; supported of {kind}:"
             f" {', '.join(family.architectures)}"
         )
     return family
@@ -72,14 +74,16 @@ def read_config(family: Family, hf: Json, where: str, names: set[str] | None = N
     """
     for other, key in family.aliases.items():
         if other in hf and key in hf and hf[key] != hf[other]:
-            raise UserError(f"{where}: {key} = {hf[key]!r}, but {other} = {hf[other]!r}")
+            raise UserError(f"{where}: {key} = {shown(hf[key])}, but {other} = {shown(hf[other])}")
         if other in hf:
             hf = hf | {key: hf[other]}
     hf = dict(family.defaults) | hf
     for key, wanted in family.only.items():
         wanted = wanted if isinstance(wanted, tuple) else (wanted,)
         if key in hf and hf[key] not in wanted:
-            raise UserError(f"{where}: {key} = {hf[key]!r} is not supported, only {wanted[0]!r}")
+            raise UserError(
+                f"{where}: {key} = {shown(hf[key])} is not supported, only {shown(wanted[0])}"
+            )
     for key, ours in family.keys.items():
         limit = _MOST_LAYERS if ours == "layers" else _LARGEST
         if isinstance(hf.get(key), int) and not -limit <= hf[key] <= limit:
@@ -132,7 +136,7 @@ def write_config(family: Family, model: ModelConfig, labels: tuple[str, ...] = (
         k: v for k, v, _ in walk(model) if k.split(".")[0] not in (*NOT_OF_THE_WEIGHTS, "family")
     }
     wrong = [
-        f"model.{k} = {before[k]!r}, there {v!r}"
+        f"model.{k} = {shown(before[k])}, there {shown(v)}"
         for k, v, _ in walk(again)
         if k in before and before[k] != v
     ]

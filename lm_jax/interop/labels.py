@@ -1,6 +1,6 @@
 """The classes of a published classifier: 'id2label' of its config.json."""
 
-from lm_jax.errors import UserError
+from lm_jax.errors import UserError, shown
 from lm_jax.interop.family import Json
 
 _MOST = 100_000  # classes: beyond any classifier of texts there is
@@ -22,15 +22,15 @@ def read_labels(hf: Json, where: str) -> tuple[str, ...]:
     kind = hf.get("problem_type")
     if kind not in (None, _KIND):
         raise UserError(
-            f"{where}: problem_type = {kind!r} is not supported, only {_KIND!r}: a text is of one"
-            " class, and its probabilities add up to 1"
+            f"{where}: problem_type = {shown(kind)} is not supported, only {_KIND!r}: a text is"
+            " of one class, and its probabilities add up to 1"
         )
     count, given = hf.get("num_labels"), hf.get("id2label")
     if count is None:  # Transformers has two where nothing is said
         count = 2 if given is None else len(given) if isinstance(given, dict) else None
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST:
         raise UserError(
-            f"{where}: num_labels = {hf.get('num_labels')!r} and id2label ="
+            f"{where}: num_labels = {shown(hf.get('num_labels'))} and id2label ="
             f" {str(given)[:60]} do not say how many classes there are"
         )
     if count == 1:
@@ -50,7 +50,9 @@ def read_labels(hf: Json, where: str) -> tuple[str, ...]:
     if not all(isinstance(name, str) and name for name in ordered):
         raise UserError(f"{where}: id2label must give each class a name, and it is a text")
     if twice := sorted(name for name in set(ordered) if ordered.count(name) > 1)[:1]:
-        raise UserError(f"{where}: id2label calls two classes {twice[0]!r}: give them other names")
+        raise UserError(
+            f"{where}: id2label calls two classes {shown(twice[0])}: give them other names"
+        )
     return ordered
 
 

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import os
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from lm_jax import json_text
-from lm_jax.errors import UserError
+from lm_jax.errors import UserError, shown
 
 DTYPES = {
     name: np.dtype(dtype)
@@ -50,15 +49,6 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # as the format says
 _MAX_RANK = 64  # as numpy says
 _POINTER = b"version https://git-lfs.github.com/spec"
-
-_shorten = reprlib.Repr()
-_shorten.maxstring = _shorten.maxother = 200
-_shorten.maxlevel = 3
-
-
-def shown(value: Any) -> str:
-    """`value` for a message: quoted, and cut where it is long."""
-    return _shorten.repr(value)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

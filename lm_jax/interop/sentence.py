@@ -3,7 +3,7 @@
 import os
 
 from lm_jax import json_text
-from lm_jax.errors import UserError
+from lm_jax.errors import UserError, shown
 from lm_jax.interop.config_map import read_json
 
 _KINDS = {
@@ -41,7 +41,7 @@ def read_pooling(folder: str) -> dict[str, object]:
             raise UserError(f"{where}: a module of type {kind[:200]} is not supported")
     path = os.path.join(folder, "config_sentence_transformers.json")
     if os.path.exists(path) and (prompt := read_json(path).get("default_prompt_name")):
-        raise UserError(f"{path}: default_prompt_name = {prompt!r} is not supported")
+        raise UserError(f"{path}: default_prompt_name = {shown(prompt)} is not supported")
     path = os.path.join(folder, "sentence_bert_config.json")
     if os.path.exists(path):
         settings = read_json(path)
@@ -49,7 +49,7 @@ def read_pooling(folder: str) -> dict[str, object]:
             raise UserError(f"{path}: do_lower_case = true is not supported")
         length = settings.get("max_seq_length")
         if length is not None and (not isinstance(length, int) or isinstance(length, bool)):
-            raise UserError(f"{path}: max_seq_length must be a whole number, not {length!r}")
+            raise UserError(f"{path}: max_seq_length must be a whole number, not {shown(length)}")
         fields["max_tokens"] = length
     return fields
 

@@ -39,10 +39,8 @@ def command_line(data: bytes, folder: pathlib.Path) -> bool:
     line = ["train", f"--config={recipe}", *arguments]
     before, flags.FLAGS, sys.argv = (flags.FLAGS, sys.argv), values, line
     try:
-        holder = cli.config_flags.DEFINE_config_file(
-            "config", lock_config=False, flag_values=values
-        )
         with contextlib.redirect_stderr(said):
+            holder = cli.define_config_flag(values)
             cli._parse(list(line))
         config = cli.config_of(holder)
     except SystemExit as e:

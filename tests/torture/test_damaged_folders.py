@@ -10,6 +10,7 @@ from lm_jax.config_json import from_json
 from lm_jax.data.tokenizer import load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.interop.family import shortest_pattern
+from lm_jax.interop.pretrained import read_model_config
 from lm_jax.training import workdir
 from lm_jax.training.metrics import _drop_after
 from lm_jax.validation import validate
@@ -94,6 +95,14 @@ def test_a_config_of_a_run_that_is_none(content, said, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"config\.json.*{said}") as e:
         workdir.read_config(str(tmp_path))
+    assert len(str(e.value)) < 1000
+
+
+def test_what_a_config_has_too_long_is_not_all_quoted(tmp_path):
+    config = {"model_type": "bert", "architectures": ["BertFor" + "9" * 9000]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"'BertFor9+.*9' is not supported") as e:
+        read_model_config(str(tmp_path))
     assert len(str(e.value)) < 1000
 
 

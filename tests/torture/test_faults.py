@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lm_jax import host_memory
+from lm_jax import host_memory, json_text
 from lm_jax.config import DataConfig
 from lm_jax.data import files, readers
 from lm_jax.data.encoded import ENDS, IDS, META, Tokens, ids_of, writing
@@ -55,6 +55,27 @@ def test_a_line_that_is_no_record_is_named_and_left_out(line, said, tmp_path):
         list(opened(path))
     assert len(str(e.value)) < 4000
     assert skipping(path) == (["one", "two"], 1)
+
+
+def test_how_deep_json_may_be_does_not_depend_on_who_reads_it():
+    def outcome(text, frames):
+        if frames:
+            return outcome(text, frames - 1)
+        try:
+            return json_text.loads(text)
+        except json_text.JsonError as e:
+            return str(e)
+
+    deep = "nested too deeply, in more than 200 levels"
+    for text, wanted in (
+        ("[" * 200 + "]" * 200, json.loads("[" * 200 + "]" * 200)),
+        ("[" * 201 + "]" * 201, deep),
+        ('{"a": ' * 960 + "1" + "}" * 960, deep),
+        ("[" * 960 + "a", deep),
+        ('["' + "[" * 960 + '\\"["]', ["[" * 960 + '"[']),
+        ("[" + "[[]]," * 960 + "1]", [*[[[]]] * 960, 1]),
+    ):
+        assert [outcome(text, n) for n in (0, 20, 40)] == [wanted] * 3
 
 
 @pytest.mark.parametrize(
