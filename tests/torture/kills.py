@@ -15,6 +15,7 @@ s; 12 with devices in turn in 102 s. The same came out each time.
 
 import argparse
 import json
+import os
 import pathlib
 import random
 import sys
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     devices = [int(n) for n in options.devices.split(",")]
+    os.environ["LM_JAX_JOIN_SECONDS"] = "60"  # for one that is killed before it has met the others
     with tempfile.TemporaryDirectory() as folder:
         found = torture(
             pathlib.Path(folder), options.kills, options.processes, devices, options.seed
