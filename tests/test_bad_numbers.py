@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from lm_jax.errors import UserError
+from lm_jax.sharding.mesh import make_mesh
 from lm_jax.training import loop
+from lm_jax.training import replay as replay_module
 from lm_jax.training.replay import replay
 from lm_jax.validation import validate
 
@@ -36,6 +38,15 @@ def config_of(corpus, **changes):
             value = kind(value)
         setattr(getattr(config, section), name, value)
     return validate(config)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_devices():
+    """What happens to a run does not depend on how many there are; how long it takes does."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (loop, replay_module):
+            patch.setattr(module, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:2]))
+        yield
 
 
 @pytest.fixture(scope="module")
