@@ -22,6 +22,11 @@ def shown(value: object) -> str:
     return _shorten.repr(value)
 
 
+def cut(text: str, most: int) -> str:
+    """`text` for a message, which may quote what is long."""
+    return text if len(text) <= most else text[:most] + " ..."
+
+
 def ended_by(number: int) -> int:
     """The exit status of a process that a signal ended, as shells have it."""
     return 128 + number

@@ -15,7 +15,7 @@ import numpy as np
 
 from lm_jax.data import files
 from lm_jax.data.files import stamp
-from lm_jax.errors import UserError
+from lm_jax.errors import UserError, cut
 
 _BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
 _LINE_END = re.compile(rb"\n")
@@ -38,8 +38,7 @@ class Errors:
 
     def handle(self, message: str) -> None:
         """Raises `message` as a `UserError`, or counts the record and logs the first few."""
-        if len(message) > _LONGEST:  # it quotes the record
-            message = message[:_LONGEST] + " ..."
+        message = cut(message, _LONGEST)  # it may quote the record
         if not self.skip:
             raise UserError(f"{message} (data.on_error='skip' leaves such records out)")
         if message not in self.places:

@@ -5,7 +5,7 @@ from typing import Any
 from lm_jax import json_text
 from lm_jax.config import NOT_OF_THE_WEIGHTS, ModelConfig, MoeConfig, RopeScaling
 from lm_jax.config_keys import walk
-from lm_jax.errors import UserError, shown
+from lm_jax.errors import UserError, cut, shown
 from lm_jax.interop.family import Family, Json
 from lm_jax.interop.labels import default_labels, read_labels, write_labels
 from lm_jax.interop.registry import FAMILIES
@@ -13,6 +13,7 @@ from lm_jax.model.head import HEADS_WITHOUT_WORDS
 from lm_jax.model_validation import validate_model
 
 _MOST_LAYERS, _LARGEST = 10_000, 2**31 - 1
+_LONGEST = 1000  # characters of what a family says of a value
 
 
 def read_json(path: str) -> Json:
@@ -95,11 +96,13 @@ def read_config(family: Family, hf: Json, where: str, names: set[str] | None = N
         fields |= {ours: hf[theirs] for theirs, ours in family.keys.items()}
         fields |= family.read(hf)
     except KeyError as e:
-        raise UserError(f"{where}: the key {e} is missing") from None
+        raise UserError(f"{where}: the key {cut(str(e), _LONGEST)} is missing") from None
     except UserError as e:
-        raise UserError(f"{where}: {e}") from None
+        raise UserError(f"{where}: {cut(str(e), _LONGEST)}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
-        raise UserError(f"{where}: a value is not of the type it should be: {e}") from None
+        raise UserError(
+            f"{where}: a value is not of the type it should be: {cut(str(e), _LONGEST)}"
+        ) from None
     if fields["head"] in HEADS_WITHOUT_WORDS:
         fields["tied_head"] = True
     if fields["head"] == "classify":

@@ -9,8 +9,8 @@ from lm_jax.config import Config, DataConfig
 from lm_jax.config_json import from_json
 from lm_jax.data.tokenizer import load_tokenizer
 from lm_jax.errors import UserError
+from lm_jax.interop.config_map import family_of, read_config
 from lm_jax.interop.family import shortest_pattern
-from lm_jax.interop.pretrained import read_model_config
 from lm_jax.training import workdir
 from lm_jax.training.metrics import _drop_after
 from lm_jax.validation import validate
@@ -98,12 +98,22 @@ def test_a_config_of_a_run_that_is_none(content, said, tmp_path):
     assert len(str(e.value)) < 1000
 
 
-def test_what_a_config_has_too_long_is_not_all_quoted(tmp_path):
-    config = {"model_type": "bert", "architectures": ["BertFor" + "9" * 9000]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"'BertFor9+.*9' is not supported") as e:
-        read_model_config(str(tmp_path))
-    assert len(str(e.value)) < 1000
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"architectures": ["BertFor" + "9" * 9000]}, r"'BertFor9+.*9' is not supported"),
+        ({"hidden_act": "gelu" + "9" * 9000}, "activation.*gelu9+"),
+    ],
+)
+def test_what_a_config_has_too_long_is_not_all_quoted(changed, said):
+    config = {"model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 8,
+              "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+              "intermediate_size": 8, "max_position_embeddings": 8, "type_vocab_size": 2,
+              "layer_norm_eps": 1e-12}  # fmt: skip
+    config |= changed
+    with pytest.raises(UserError, match=said) as e:
+        read_config(family_of(config, "config.json"), config, "config.json")
+    assert len(str(e.value)) < 2000
 
 
 @pytest.mark.parametrize("rows", [2**31 - 1, 2**31, 2**63 - 1, 2**63])
