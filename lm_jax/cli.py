@@ -37,19 +37,17 @@ def define_config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.Fla
         lines.append(f"  --config.{key}={value!r}" + (f"  # {'; '.join(said)}" if said else ""))
     keys = "\n".join(lines)
     try:
-        return config_flags.DEFINE_config_file(
-            "config",
-            help_string="A recipe, FILE.py or FILE.py:ARG, whose get_config(ARG) returns an"
-            " lm_jax.config.Config. Single fields can be overridden; the keys with their"
-            f" defaults:\n{keys}",
-            lock_config=False,
-            flag_values=flag_values,
-        )
-    except (flags.Error, ValueError) as e:  # already here it reads what --flagfile names
-        why = e.__context__
-        if isinstance(why, OSError):
-            why = f"{why.filename}: {why.strerror}"
-        _fail(f"--flagfile: {why or e}")
+        _check_flagfiles(sys.argv)  # which the definition reads already
+    except UserError as e:
+        _fail(str(e))
+    return config_flags.DEFINE_config_file(
+        "config",
+        help_string="A recipe, FILE.py or FILE.py:ARG, whose get_config(ARG) returns an"
+        " lm_jax.config.Config. Single fields can be overridden; the keys with their defaults:\n"
+        + keys,
+        lock_config=False,
+        flag_values=flag_values,
+    )
 
 
 def define_model_flag() -> flags.FlagHolder:
@@ -251,6 +249,7 @@ def _parse(argv: list[str]) -> list[str]:
     last = {arg.partition("=")[0]: i for i, arg in enumerate(argv)}
     argv = [a for i, a in enumerate(argv) if "config." not in a or last[a.partition("=")[0]] == i]
     try:
+        _check_flagfiles(argv)
         return flags.FLAGS([_checked(arg, argv, known) for arg in argv])
     except UserError as e:
         _fail(str(e))
@@ -261,6 +260,23 @@ def _parse(argv: list[str]) -> list[str]:
     except Exception as e:  # whatever a recipe raises, and absl's own complaints
         recipe = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), "")
         _fail(_explain(e, recipe.split(":")[0]))
+
+
+def _check_flagfiles(argv: list[str]) -> None:
+    """
+    Raises:
+      UserError: a file that --flagfile names cannot be read.
+    """
+    try:
+        flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+    except flags.CantOpenFlagFileError as e:
+        why = e.__context__
+        raise UserError(f"--flagfile: '{why.filename}': {why.strerror}") from None
+    except ValueError:
+        named = [arg.partition("=")[2] for arg in argv if re.match("--?flagfile=", arg)]
+        raise UserError(f"--flagfile: '{', '.join(named)}' is no text in UTF-8") from None
+    except flags.Error as e:
+        raise UserError(str(e)) from None
 
 
 def _meant(name: str, keys: list[str]) -> list[str]:

@@ -14,12 +14,13 @@ AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = 200
-_shorten.maxlevel = 3
+_shorten.maxlevel, _shorten.maxlist, _shorten.maxtuple = 3, 50, 50
+_QUOTED = 500  # characters
 
 
 def shown(value: object) -> str:
     """`value` for a message: quoted, and cut where it is long."""
-    return _shorten.repr(value)
+    return cut(_shorten.repr(value), _QUOTED)
 
 
 def cut(text: str, most: int) -> str:

@@ -11,7 +11,10 @@ _SHOWN = 60  # characters of what a message quotes
 # twice is to be refused twice for the same reason.
 _DEEPEST = 200
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# One that never ends counts to the end: looked for again from each quote inside it, it would take
+# time with the square of its length.
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+_TOO_DEEP = f"nested too deeply, in more than {_DEEPEST} levels"
 
 
 class JsonError(ValueError):
@@ -42,7 +45,7 @@ def loads(text: str | bytes, *, finite: bool = False) -> Any:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         if text.count("[") + text.count("{") > _DEEPEST and _depth(text) > _DEEPEST:
-            raise JsonError(f"nested too deeply, in more than {_DEEPEST} levels")
+            raise JsonError(_TOO_DEEP)
         return json.loads(
             text,
             object_pairs_hook=_unique,
@@ -54,6 +57,8 @@ def loads(text: str | bytes, *, finite: bool = False) -> Any:
         raise JsonError(f"not UTF-8 at byte {e.start}", line) from None
     except json.JSONDecodeError as e:
         raise JsonError(e.msg, e.lineno, e.colno) from None
+    except RecursionError:  # whoever asks is deep down already
+        raise JsonError(_TOO_DEEP) from None
     except JsonError:
         raise
     except ValueError:  # Python refuses to take the time that such an integer needs
@@ -63,7 +68,9 @@ def loads(text: str | bytes, *, finite: bool = False) -> Any:
 def _depth(text: str) -> int:
     """How deep objects and lists lie in one another, at least as far as the text is JSON."""
     brackets = _STRING.sub("", text).encode("utf-8", "replace").translate(None, _NO_BRACKETS)
-    return max(itertools.accumulate(1 if b in b"[{" else -1 for b in brackets), default=0)
+    runs = re.findall(rb"[\[{]+|[\]}]+", brackets)
+    levels = (len(run) if run[0] in b"[{" else -len(run) for run in runs)
+    return max(itertools.accumulate(levels), default=0)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

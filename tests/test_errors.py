@@ -179,8 +179,10 @@ def test_a_workdir_without_a_run(tmp_path, command):
 
 def test_a_file_of_flags_that_cannot_be_read(tmp_path):
     (tmp_path / "image").write_bytes(b"\x89PNG\xff")
-    assert f"--flagfile: {tmp_path}/none: No such file" in fails(f"--flagfile={tmp_path}/none")
-    assert "--flagfile: 'utf-8' codec can't decode" in fails(f"--flagfile={tmp_path}/image")
+    for command in ("train", "generate"):
+        for name, said in (("none", "': No such file"), ("image", "' is no text in UTF-8")):
+            message = fails(f"--flagfile={tmp_path}/{name}", command=command)
+            assert f"error: --flagfile: '{tmp_path}/{name}{said}" in message
     (tmp_path / "flags").write_text(f"{commands.RECIPE}\n--config.model.layer=2\n")
     assert "layer" in fails(f"--flagfile={tmp_path}/flags", f"--workdir={tmp_path}/run")
 

@@ -82,6 +82,8 @@ def test_a_run_from_text_to_generated_and_evaluated(run, corpus, tmp_path):
     (finished, err), env, workdir = run, environment(), tmp_path / "run"
     assert "step 20/20 | loss" in err and "tokens/s" in err and "left" in err
     assert "--- sample at step 0 ---" in err and "--- sample at step 20 ---" in err
+    times = map(json.loads, (finished / "time.jsonl").read_text().splitlines())
+    assert all(r["seconds"]["sample"] > 0 for r in times if r["step"])  # from the first on
     assert re.search(rf"generate from it: .*python\S* -m lm_jax.generate --workdir={finished}", err)
     assert list((finished / "tensorboard").iterdir())
     shutil.copytree(finished, workdir)

@@ -128,7 +128,7 @@ class JsonLines(Records):
             record = json_text.loads(text)
         except JsonError as e:
             where = f" at column {e.column}" if e.column else ""
-            self.bad(i, f"not JSON: {e}{where}; one object a line is read")
+            self.bad(i, f"not JSON: {str(e).removesuffix(' at')}{where}; one object a line is read")
             return None
         if not isinstance(record, dict):
             self.bad(i, f"a JSON object is wanted, not {kind(record)}")

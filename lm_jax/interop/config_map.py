@@ -139,7 +139,7 @@ def write_config(family: Family, model: ModelConfig, labels: tuple[str, ...] = (
         k: v for k, v, _ in walk(model) if k.split(".")[0] not in (*NOT_OF_THE_WEIGHTS, "family")
     }
     wrong = [
-        f"model.{k} = {shown(before[k])}, there {shown(v)}"
+        f"model.{k} = {before[k]!r}, there {v!r}"
         for k, v, _ in walk(again)
         if k in before and before[k] != v
     ]

@@ -176,10 +176,7 @@ class _Fields:
 
 
 def _wrong(name: str, wanted: str, value: Any) -> ApiError:
-    try:
-        shown = json.dumps(value)
-    except RecursionError:
-        shown = "something so deep"
+    shown = json.dumps(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return ApiError(400, f"{name}: must be {wanted}, not {shown}", name)
 

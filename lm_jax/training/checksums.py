@@ -3,8 +3,10 @@
 An array's sum is that of its elements' hashes modulo 2^64 (two words of 32 bits), where the hash of
 an element mixes its bits with its place in the array. Integers add up to the same in any order, so
 that each device sums up its own part, and an array that was saved from one mesh has the same sum on
-any other. Whatever changes a single element changes the sum; other changes go unnoticed once in
-2^64 times.
+any other. Whatever changes a single element changes the sum; of other changes, made without regard
+to these hashes, one in about 2^64 goes unnoticed.
+
+What was saved has these sums: with others, all checkpoints there are would be damaged.
 """
 
 import hashlib
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_OF_AXIS = 0x9E3779B9  # times the axis' number, so that each hashes its indices otherwise
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
 
 
@@ -90,18 +93,19 @@ def _sum(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize]).astype(jnp.uint32)
-    place, stride = jnp.zeros_like(bits), 1
-    for axis in reversed(range(x.ndim)):
+    # Not the place in a row of all elements: modulo 2^32 those of two layers may be the same.
+    place = jnp.zeros_like(bits)
+    for axis in range(x.ndim):
         along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        place += along * np.uint32(stride % 2**32)
-        stride *= x.shape[axis]
+        if axis < x.ndim - 1:
+            along = _scattered(along + np.uint32(_OF_AXIS * (axis + 1) % 2**32))
+        place += along
     strange = jnp.zeros_like(bits)
     if jnp.issubdtype(x.dtype, jnp.floating):
         strange = (~jnp.isfinite(x)).astype(jnp.uint32)
     # For each place another bijection of the bits; and of these another one.
     first = _scattered(bits + place * np.uint32(0x9E3779B1))
-    second = first * np.uint32(0x7FEB352D)
-    terms = first, second ^ (second >> 15), strange
+    terms = first, _scattered(first ^ np.uint32(0x7F4A7C15)), strange
     # One reduction of the three: of three, each would write its terms to memory first, on a CPU
     # eight times slower and with two arrays more of the size of `x`.
     zeros = (np.uint32(0),) * len(terms)

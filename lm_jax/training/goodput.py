@@ -32,7 +32,7 @@ CAUSES = {
     "step": "training: steps that are in the model",
     "data": "waiting for a batch",
     "start": "from the start of the process to its first step, without what has a cause of its own",
-    "restore": "the state, from a checkpoint or a published model",
+    "restore": "the state, made anew or from a checkpoint or a published model",
     "compile": "programs, before they run for the first time",
     "save": "checkpoints, as far as training waits for them",
     "evaluate": "validation, and the answers of a task",

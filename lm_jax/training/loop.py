@@ -187,7 +187,7 @@ class _Run:
         with stop as self.stop, jax.transfer_guard("disallow"):
             self.occasions.begin(start, self.metrics, self.log, self.ledger, self._stop_now)
             if start == 0 < steps:
-                self.occasions.sample(state, 0)
+                self.occasions.at_the_start(state)
             try:
                 if 0 < start < steps:
                     self.occasions.at(state, start)  # what a kill left undone

@@ -60,6 +60,11 @@ class Occasions:
         if self._answering and not together.said_by_first(is_answered(self._answering, start)):
             self._done.discard(("task", start))  # later ones are not there yet
 
+    def at_the_start(self, state: TrainState) -> None:
+        """Shows what a model writes that has learned nothing."""
+        with self._log.paused(), self._ledger.spent("sample"):
+            self._do(self.sample, state, 0)
+
     def at(self, state: TrainState, step: int) -> None:
         """Does what is due at a step in the middle of the run."""
         training = self._config.training

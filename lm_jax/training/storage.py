@@ -57,8 +57,8 @@ def reader(folder: str, abstract: Iterable[jax.ShapeDtypeStruct] = ()) -> ocp.Ch
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what orbax leaves behind of reads that failed from printing tracebacks when it is
-    collected: they are told in one message."""
+    """Keeps what orbax leaves behind of a read that failed from printing tracebacks when it is
+    collected, which whoever enters this sees to, inside it: it is told in one message."""
     before = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     try:

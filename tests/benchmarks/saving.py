@@ -4,10 +4,17 @@
 
 For Linux. The state is that of GPT-2 124M with AdamW, 1.5 GB, unless `--layers`, `--width` and
 `--vocab_size` say otherwise. Prints a table of medians and a JSON line: the rates of a save to its
-end on the disk and of a restore with nothing in the page cache, `dd`'s for the same bytes
-(fdatasync; a file out of the cache), how much longer steps beside a save take than as many without,
-and the most memory that either needs beyond what was held before, as a multiple of the state: a
-restore's own state counts.
+end on the disk and of a restore with nothing of it in the page cache, `dd`'s for the same bytes
+(fdatasync; a file out of the cache), and how much longer steps beside a save take than as many
+without.
+
+Before each of them, `dd`'s included, a file of that size is written and removed, so that all find
+as much memory that is free and was used before: where a virtual machine has to ask its host for
+memory, that takes up to four times as long as what is measured. `dd` copies with one thread, and
+several may write faster.
+
+After the last round, and not timed: the most memory that a save and a restore need beyond what was
+held before, as a multiple of the state; a restore's own state counts.
 
 Seen on two CPU cores, with --steps=1: 1024 MB/s saved where `dd` wrote 827, 909 MB/s restored where
 it read 1501; 0.24 s until a step may follow, most of which the sums take, and 1.9 s more for a step

