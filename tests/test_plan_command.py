@@ -36,11 +36,14 @@ def plan(*more: str, **overrides):
 
 
 def test_what_does_not_fit_comes_with_what_does():
-    code, out, err = plan(model__width=32, model__mlp_width=64, model__layers=16384)
+    large = {"model__width": 32, "model__mlp_width": 64, "model__layers": 16384}
+    code, out, err = plan(**large)
     assert (code, err) == (1, "")
     assert "DOES NOT FIT: needs" in out and "this fits" in out
     flags = shlex.split(out.split("add:\n")[1].splitlines()[0])
     assert flags == ["--config.model.remat=full"]
+    code, out, err = plan(*flags, **large)
+    assert (code, err) == (0, "") and "of 15.75: fits" in out
 
 
 def test_a_slice_as_json(monkeypatch):

@@ -66,12 +66,17 @@ def dd(*arguments: str) -> float:
     return timed(lambda: subprocess.run(command, check=True))
 
 
+def write(file: pathlib.Path, size: int) -> float:
+    """Seconds until zeros are on the disk."""
+    return dd("if=/dev/zero", f"of={file}", f"count={size >> 22}", "conv=fdatasync")
+
+
 def recycle(folder: pathlib.Path, size: int) -> None:
     """Leaves the pages of a file that is removed again to whoever writes next. A virtual machine
     may have to ask its host for others, and then waits for each: all that is written is to have
     them alike."""
     file = folder / "recycled"
-    dd("if=/dev/zero", f"of={file}", f"count={size >> 22}", "conv=fdatasync")
+    write(file, size)
     file.unlink()
 
 
@@ -130,9 +135,7 @@ def main() -> None:
         for i in range(flags.rounds):
             run, file = folder / f"run{i}", folder / "dd"
             recycle(folder, size)
-            seen["dd write"].append(
-                dd("if=/dev/zero", f"of={file}", f"count={size >> 22}", "conv=fdatasync")
-            )
+            seen["dd write"].append(write(file, size))
             forget(file)
             seen["dd read"].append(dd(f"if={file}", "of=/dev/null"))
             file.unlink()
