@@ -45,11 +45,10 @@ def main(argv: list[str]) -> None:
     if not _OUTPUT.value:
         raise UserError("where to? give --output=DIR, a new folder")
 
-    from lm_jax import runtime
-
+    with cli.importing():
+        from lm_jax import runtime
+        from lm_jax.training import conversion, weights
     runtime.configure()
-
-    from lm_jax.training import conversion, weights
 
     published = weights.find(path, _STEP.value).step is None
     to = _TO.value or ("workdir" if published else "huggingface")

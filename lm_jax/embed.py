@@ -46,18 +46,17 @@ def main(argv: list[str]) -> None:
     if not texts:
         raise UserError("which texts? give --text='...' or --text_file=FILE")
 
-    from lm_jax import runtime
+    with cli.importing():
+        import jax
+        import numpy as np
 
+        from lm_jax import runtime
+        from lm_jax.config import MeshConfig
+        from lm_jax.generation.embedding import Pooling, embed
+        from lm_jax.interop.sentence import read_pooling
+        from lm_jax.sharding.mesh import make_mesh
+        from lm_jax.training.inference import load_for_inference
     runtime.configure()
-
-    import jax
-    import numpy as np
-
-    from lm_jax.config import MeshConfig
-    from lm_jax.generation.embedding import Pooling, embed
-    from lm_jax.interop.sentence import read_pooling
-    from lm_jax.sharding.mesh import make_mesh
-    from lm_jax.training.inference import load_for_inference
 
     fields = read_pooling(path)
     given = {

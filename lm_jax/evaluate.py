@@ -124,12 +124,11 @@ def main(argv: list[str]) -> None:
         find(kind)
     given = _given(kind if kind in _OWN else "application")
 
-    from lm_jax import runtime
-
+    with cli.importing():
+        from lm_jax import runtime
+        from lm_jax.evaluators import application, crows_pairs, lm_eval, loss
+        from lm_jax.evaluators.models import ModelOptions, prints
     runtime.configure(*_JOB())
-
-    from lm_jax.evaluators import application, crows_pairs, lm_eval, loss
-    from lm_jax.evaluators.models import ModelOptions, prints
 
     options = ModelOptions(
         _STEP.value,

@@ -70,17 +70,16 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--stream shows one prompt at a time, and there are {len(prompts)}")
     if OUTPUT.value:
         cli.check_new_file("output", OUTPUT.value)
-    from lm_jax import runtime
+    with cli.importing():
+        import jax
 
+        from lm_jax import runtime
+        from lm_jax.config import MeshConfig
+        from lm_jax.generation.decoding import Generator
+        from lm_jax.progress import progress
+        from lm_jax.sharding.mesh import make_mesh
+        from lm_jax.training.inference import load_for_inference
     runtime.configure()
-
-    import jax
-
-    from lm_jax.config import MeshConfig
-    from lm_jax.generation.decoding import Generator
-    from lm_jax.progress import progress
-    from lm_jax.sharding.mesh import make_mesh
-    from lm_jax.training.inference import load_for_inference
 
     if TENSOR.value > jax.device_count():
         raise UserError(f"--tensor={TENSOR.value}: this machine has {jax.device_count()} device(s)")

@@ -41,19 +41,18 @@ def main(argv: list[str]) -> None:
         raise UserError("where is the page to go? give --output=FILE.html")
     cli.check_new_file("output", output)
 
-    from lm_jax import runtime
+    with cli.importing():
+        import jax
 
+        from lm_jax import runtime
+        from lm_jax.config import MeshConfig
+        from lm_jax.inspection.look import look
+        from lm_jax.inspection.page import render
+        from lm_jax.inspection.prompt import check, encode
+        from lm_jax.model.parameters import split
+        from lm_jax.sharding.mesh import make_mesh
+        from lm_jax.training.inference import load_for_inference
     runtime.configure()
-
-    import jax
-
-    from lm_jax.config import MeshConfig
-    from lm_jax.inspection.look import look
-    from lm_jax.inspection.page import render
-    from lm_jax.inspection.prompt import check, encode
-    from lm_jax.model.parameters import split
-    from lm_jax.sharding.mesh import make_mesh
-    from lm_jax.training.inference import load_for_inference
 
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     loaded = load_for_inference(path, mesh, _STEP.value, _DTYPE.value)

@@ -44,19 +44,18 @@ def main(argv: list[str]) -> None:
     del argv
     path = cli.model_of(_MODEL)
 
-    from lm_jax import runtime
+    with cli.importing():
+        import jax
 
+        from lm_jax import runtime
+        from lm_jax.config import MeshConfig
+        from lm_jax.data.chat import chat_template_for
+        from lm_jax.serving.http import Server
+        from lm_jax.serving.scheduler import Scheduler
+        from lm_jax.serving.service import Limits, Service
+        from lm_jax.sharding.mesh import make_mesh
+        from lm_jax.training.inference import load_for_inference
     runtime.configure()
-
-    import jax
-
-    from lm_jax.config import MeshConfig
-    from lm_jax.data.chat import chat_template_for
-    from lm_jax.serving.http import Server
-    from lm_jax.serving.scheduler import Scheduler
-    from lm_jax.serving.service import Limits, Service
-    from lm_jax.sharding.mesh import make_mesh
-    from lm_jax.training.inference import load_for_inference
 
     if _TENSOR.value > jax.device_count():
         raise UserError(

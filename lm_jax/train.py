@@ -44,13 +44,14 @@ def main(argv: list[str]) -> None:
     if _VALIDATE_ONLY.value:
         return
 
-    from lm_jax import runtime
-    from lm_jax.training.signals import StopSignal
+    with cli.importing():
+        from lm_jax.training.signals import StopSignal
 
     with StopSignal(worth_saving=False):  # until the loop has its own
+        with cli.importing():
+            from lm_jax import runtime
+            from lm_jax.training.loop import train
         runtime.configure(*_JOB())
-
-        from lm_jax.training.loop import train
 
         caught = train(config, _WORKDIR.value, cli.overridden(_CONFIG), _BEGAN)
     if caught:
@@ -63,11 +64,10 @@ def _replay(step: int) -> None:
     if not _WORKDIR.value:
         raise UserError("--replay: of which run? give --workdir=DIR")
 
-    from lm_jax import runtime
-
+    with cli.importing():
+        from lm_jax import runtime
+        from lm_jax.training.replay import replay
     runtime.configure(*_JOB())
-
-    from lm_jax.training.replay import replay
 
     print(json.dumps(replay(_WORKDIR.value, step)))
 

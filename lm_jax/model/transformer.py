@@ -391,5 +391,10 @@ class Transformer(nnx.Module):
 
 
 def skeleton_of(config: ModelConfig) -> Transformer:
-    """The module with abstract arrays in place of parameters."""
+    """A new module with abstract arrays for parameters, sharded as the mesh that is set says."""
+    return jax.tree.map(lambda x: x, _skeleton_of(config, jax.sharding.get_abstract_mesh()))
+
+
+@functools.lru_cache(maxsize=32)
+def _skeleton_of(config, _mesh) -> Transformer:
     return jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))

@@ -351,8 +351,7 @@ class Checkpoints:
 
     def _check(self, step: int, expected: Parameters) -> None:
         """Raises OtherModel naming each parameter that is missing, unknown or of another shape."""
-        found = self._manager.item_metadata(step)["parameters"]
-        found = {k: tuple(v.shape) for k, v in getattr(found, "tree", found).items()}
+        found = storage.shapes(self.folder, step)
         wrong = [
             f"{name}: expected {expected[name].shape if name in expected else 'nothing'},"
             f" found {found.get(name, 'nothing')}"
