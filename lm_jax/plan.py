@@ -39,7 +39,8 @@ def main(argv: list[str]) -> None:
 
     environment.prepare()
 
-    from lm_jax.planning.command import plan
+    with cli.importing():
+        from lm_jax.planning.command import plan
 
     code = plan(
         config,

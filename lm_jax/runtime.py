@@ -1,4 +1,4 @@
-"""What every entry point sets in jax before it does anything else."""
+"""What every entry point sets in jax, and joins, once it has imported what it needs."""
 
 import atexit
 import glob

@@ -146,6 +146,24 @@ def test_entry_points_and_config_load_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
+def test_no_import_begins_a_backend():
+    """A command imports what it needs before it joins the other processes of its job."""
+    modules = sorted(MODULES.keys() - {*ENTRY_POINTS})
+    code = (
+        "import gc, importlib\n"
+        "from lm_jax import cli\n"
+        "with cli.importing():\n"
+        f"    for name in {modules}: importlib.import_module(name)\n"
+        "    with cli.importing(): pass\n"
+        "    assert not gc.isenabled()\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", ENTRY_POINTS)
 def test_help_says_what_a_command_does(name):
     done = subprocess.run([sys.executable, "-m", name, "--help"], capture_output=True, text=True)

@@ -391,7 +391,7 @@ class Transformer(nnx.Module):
 
 
 def skeleton_of(config: ModelConfig) -> Transformer:
-    """A new module with abstract arrays for parameters, sharded as the mesh that is set says."""
+    """With abstract arrays for parameters, on the mesh that is set. New, but for its config."""
     return jax.tree.map(lambda x: x, _skeleton_of(config, jax.sharding.get_abstract_mesh()))
 
 

@@ -351,7 +351,7 @@ class Checkpoints:
 
     def _check(self, step: int, expected: Parameters) -> None:
         """Raises OtherModel naming each parameter that is missing, unknown or of another shape."""
-        found = storage.shapes(self.folder, step)
+        found = storage.shapes(self._manager.directory / str(step) / "parameters")
         wrong = [
             f"{name}: expected {expected[name].shape if name in expected else 'nothing'},"
             f" found {found.get(name, 'nothing')}"

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.metadata import array_metadata_store  # it has no public name
@@ -56,11 +55,15 @@ def reader(folder: str, abstract: Iterable[jax.ShapeDtypeStruct] = ()) -> ocp.Ch
     return ocp.CheckpointManager(folder, options=options, item_handlers=_handlers(gigabytes))
 
 
-def shapes(folder: str, step: int) -> dict[str, tuple[int, ...]]:
-    """Those of a checkpoint's parameters by name."""
-    item = (
-        epath.Path(folder) / str(step) / "parameters"
-    )  # of all items it would take thrice as long
+def shapes(item: Any) -> dict[str, tuple[int, ...]]:
+    """Those of a tree of arrays by name, whatever else the checkpoint holds.
+
+    Args:
+      item: its folder, as a manager's `directory` names it.
+
+    Raises:
+      Exception: any; what orbax raises where it cannot be read.
+    """
     found = _array_handler(None).metadata(item)
     return {name: tuple(x.shape) for name, x in getattr(found, "tree", found).items()}
 

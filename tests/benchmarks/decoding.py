@@ -14,11 +14,11 @@ Seen on two CPU cores, float32, 64 tokens after 32, with --rounds=3:
 
 | shape | rows | lm_jax, tokens/s | Transformers | times | of the bandwidth |
 |---|---|---|---|---|---|
-| smollm2_135m | 1 | 28.0 | 13.8 | 2.03 | 77% |
-| smollm2_135m | 16 | 194 | 102 | 1.91 | 28% |
-| gpt2_124m | 1 | 36.0 | 19.8 | 1.81 | 76% |
-| gpt2_124m | 16 | 213 | 105 | 2.03 | 27% |
-| smollm2_135m, int8 | 1 | 33.3 | 11.9 | 2.81 | 20% |
+| smollm2_135m | 1 | 27.7 | 14.3 | 1.93 | 67% |
+| smollm2_135m | 16 | 153 | 96.4 | 1.58 | 18% |
+| gpt2_124m | 1 | 35.7 | 20.2 | 1.77 | 57% |
+| gpt2_124m | 16 | 197 | 98.6 | 2.00 | 38% |
+| smollm2_135m, int8 | 1 | 32.0 | 12.8 | 2.50 | 19% |
 """
 
 import argparse

@@ -11,10 +11,10 @@ Memory is the peak of the command and its workers together, of either corpus. Th
 killed outright and goes on. The model is that of `training.py`, in float32; batches come from a
 stream in a thread of its own, while nothing else runs. Prints tables of medians and a JSON line.
 
-Seen on two CPU cores, WikiText-2's validation text: the command writes 7.24 MB/s where the library
-encodes 7.17 (SentencePiece), and 3.66 where it encodes 3.11 (BPE); 166 and 168 MiB for 20 and 200
-MB (SentencePiece), 204 and 205 (BPE). In a step of 1672 ms the stream has 141 batches ready from
-text, and 258 from tokens.
+Seen on two CPU cores, WikiText-2's validation text: the command writes 7.37 MB/s where the library
+encodes 7.67 (SentencePiece), and 4.20 where it encodes 3.71 (BPE); 166 and 167 MiB for 20 and 200
+MB (SentencePiece), 204 and 205 (BPE). In a step of 1650 ms the stream has 124 batches ready from
+text, and 198 from tokens.
 """
 
 import argparse

@@ -16,10 +16,10 @@ several may write faster.
 After the last round, and not timed: the most memory that a save and a restore need beyond what was
 held before, as a multiple of the state; a restore's own state counts.
 
-Seen on two CPU cores, with --steps=1, in two runs: 1024 and 1099 MB/s saved where `dd` wrote 827
-and 1298, 909 and 792 MB/s restored where it read 1501 and 1630; 0.24 and 0.28 s until a step may
-follow, most of which the sums take, and 1.9 and 2.5 s more for a step of 6 s. Of memory, a save
-took no more than steps did before it, and a restore 1.17 and 1.29 times the state.
+Seen on two CPU cores, with --steps=1, in three runs: 1035, 930 and 915 MB/s saved where `dd` wrote
+822, 1341 and 958; 799, 725 and 803 MB/s restored where it read 1678, 1172 and 1090; 0.3 s until a
+step may follow, most of which the sums take, and 2.5 to 3.4 s more for a step of 5 to 6 s. Of
+memory, a save took no more than steps did before it, and a restore 1.29 to 1.37 times the state.
 """
 
 import argparse

@@ -65,10 +65,12 @@ def run_to_first_step(begun: float, flags: list[str]) -> None:
     """
     sys.argv = ["train", *flags]
     import lm_jax.train
-    from lm_jax import cli, runtime  # noqa: F401
-    from lm_jax.training import keeping, loop, occasions  # isort: skip
+    from lm_jax import cli
 
-    import jax
+    with cli.importing():  # as the command does
+        import jax
+
+        from lm_jax.training import keeping, loop, occasions
 
     spent = {"imports": time.time() - begun}
     durations = Durations()

@@ -13,9 +13,9 @@ Seen on two CPU cores, float32, in milliseconds a step:
 
 | shape | lm_jax | PyTorch, eager | PyTorch, compiled |
 |---|---|---|---|
-| nanogpt_cpu | 59.3 | 55.6 | 51.9 |
-| gpt | 1778 | 1731 | 1679 |
-| gpt2_124m_short, --rounds=2 | 6774 | 6878 | 6321 |
+| nanogpt_cpu | 66.8 | 65.0 | 64.4 |
+| gpt, --rounds=3 | 1635 | 1783 | 1696 |
+| gpt2_124m_short, --rounds=2 | 8457 | 8319 | 7484 |
 """
 
 import argparse

@@ -110,6 +110,28 @@ def test_a_parameter_without_a_rule_for_each_axis_is_a_defect(axes):
         check_parameters({"weight": (8, 8)}, {"weight": axes}, on_devices((8, 1, 1)))
 
 
+def test_a_skeleton_is_of_its_mesh_and_nobody_elses():
+    """However often it is asked for, and on whatever other mesh before."""
+    specs = set()
+    for sizes in ({"fsdp": 8}, {"tensor": 2, "data": 4}, {"fsdp": 8}):
+        mesh = make_mesh(MeshConfig(**{"data": 1} | sizes))
+        with jax.set_mesh(mesh):
+            one, other = skeleton_of(LLAMA), skeleton_of(LLAMA)
+        up = one.blocks.mlp.up.get_value()
+        assert up.sharding.mesh == mesh.abstract_mesh
+        specs.add(up.sharding.spec)
+        del one.blocks.mlp.up
+        assert other.blocks.mlp.up.get_value() is not None
+    assert len(specs) == 2
+    assert skeleton_of(LLAMA).blocks.mlp.up.get_value().sharding is None
+    changed = dataclasses.replace(LLAMA)
+    before = skeleton_of(changed)
+    changed.mlp_width *= 2  # as flags change a recipe's config
+    assert skeleton_of(changed).blocks.mlp.up.get_value().shape != (
+        before.blocks.mlp.up.get_value().shape
+    )
+
+
 def test_outside_of_a_mesh_nothing_is_sharded():
     assert activation_spec("batch") is None and parameter_spec("embed") is None
 

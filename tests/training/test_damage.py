@@ -96,6 +96,20 @@ def test_where_all_are_damaged_none_is_taken_and_none_is_moved(workdir):
     assert len(list((workdir / "checkpoints").iterdir())) == 3
 
 
+@pytest.mark.parametrize("item", ["parameters", "optimizer"])
+def test_what_tells_of_an_items_arrays_is_noticed_too(workdir, item):
+    at_3, at_2 = (workdir / "checkpoints" / str(step) / item for step in (3, 2))
+    (at_3 / "manifest.ocdbt").write_bytes(b"")
+    (at_2 / "_METADATA").write_text("{")
+    assert newest(workdir) == 1
+    shutil.rmtree(workdir / "checkpoints" / "1" / item)
+    with (
+        Checkpoints(str(workdir), KEEP_ALL) as checkpoints,
+        pytest.raises(UserError, match=r"step 1 in .* is damaged"),
+    ):
+        checkpoints.restore_newest(abstract(), MESH())
+
+
 def test_a_place_in_the_data_that_was_changed_is_noticed(workdir):
     path = next((workdir / "checkpoints" / "3" / "data").glob("*"))
     path.write_text(json.dumps(place_of(4)))
