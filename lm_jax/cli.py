@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -161,15 +162,28 @@ def importing() -> Iterator[None]:
     through it again and again: 18% of the CPU time of a run of two steps of a tiny model.
 
     Nothing that is imported may start jax's backends: see `runtime.configure`, which comes after.
+    Ctrl-C ends the process at once: an exception in the middle of a library's own start would come
+    out of it as another, or as a crash.
     """
-    collected = gc.isenabled()
+    collected, interrupted = gc.isenabled(), signal.getsignal(signal.SIGINT)
+    if interrupted is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: _interrupted())
     gc.disable()
     try:
         yield
     finally:
+        if interrupted is signal.default_int_handler:
+            signal.signal(signal.SIGINT, interrupted)
         gc.freeze()
         if collected:
             gc.enable()
+
+
+def _interrupted() -> NoReturn:
+    sys.stdout.flush()
+    print("\ninterrupted", file=sys.stderr, flush=True)
+    # Not by way of XLA's own end, which crashes in the middle of a step.
+    os._exit(ended_by(signal.SIGINT))
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -200,10 +214,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         except Exception as e:
             _raise_in_job(e)
         except KeyboardInterrupt:
-            sys.stdout.flush()
-            print("\ninterrupted", file=sys.stderr, flush=True)
-            # Not by way of XLA's own end, which crashes in the middle of a step.
-            os._exit(ended_by(signal.SIGINT))
+            _interrupted()
 
     if {"--help", "-help", "-h"} & set(sys.argv[1:]):
         app.usage(shorthelp=True, writeto_stdout=True)  # absl's own --help counts as a failure

@@ -3,6 +3,8 @@
 import hashlib
 import pathlib
 import re
+import subprocess
+import sys
 
 import commands
 import pytest
@@ -88,6 +90,19 @@ def test_a_mistyped_flag_or_recipe_names_the_nearest(corpus, tmp_path):
 def test_a_missing_file_names_the_nearest(corpus, tmp_path):
     message = fails(*tiny(corpus / "031.tx"), f"--workdir={tmp_path / 'run'}")
     assert "031.tx'" in message and "031.txt" in message
+
+
+def test_an_interrupt_among_the_imports_ends_a_command_in_one_line():
+    code = (
+        "import os, signal\n"
+        "from lm_jax import cli\n"
+        "before = signal.getsignal(signal.SIGINT)\n"
+        "with cli.importing(): pass\n"
+        "assert signal.getsignal(signal.SIGINT) is before is signal.default_int_handler\n"
+        "with cli.importing(): os.kill(os.getpid(), signal.SIGINT); print('too late')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
 
 
 def test_an_empty_corpus(tmp_path):

@@ -32,19 +32,22 @@ class StepLog:
         self._watch = Stopwatch()
         self._first = start + 1
         self._logged, self._waiting = Done(start, {}, 0.0), None
+        self._took: float | None = None  # seconds, of what waits and was done when it came
 
     def add(self, done: Done) -> None:
         """Logs what waits; `done` waits from now on, if it is one that is logged."""
         self.settle()
         due = done.step % self._config.logging.every == 0
         if due or done.step in (self._first, self._config.training.steps):
+            # On a CPU, dispatching a step can be doing it: the next one's time is not this one's.
+            self._took = self._watch.lap() if done.metrics["loss"].is_ready() else None
             self._waiting = done
 
     def end(self, done: Done | None) -> None:
         """Logs the last step, `done`, whichever it is."""
         self.settle()
         if done is not None and done.step > self._logged.step:
-            self._waiting = done
+            self._waiting, self._took = done, None
             self.settle()
 
     @contextlib.contextmanager
@@ -60,7 +63,9 @@ class StepLog:
             return
         done, self._waiting = self._waiting, None
         values = {key: float(value) for key, value in jax.device_get(done.metrics).items()}
-        seconds, steps = self._watch.lap(), done.step - self._logged.step
+        seconds, steps = self._took, done.step - self._logged.step
+        if seconds is None:
+            seconds = self._watch.lap()
         values["seconds_per_step"] = seconds / steps
         note = f"first step in {seconds:.1f} s, compilation included"
         if done.step > self._first:  # of the first, the time says nothing about the next
