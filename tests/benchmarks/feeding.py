@@ -249,6 +249,8 @@ def main() -> None:
         raw(flags.contender.removeprefix("raw-"), folder)
         return
     resident.check(parser)
+    if folder.exists():
+        parser.error(f"--folder: '{folder}' is there already: name one to be made")
     folder.mkdir(parents=True)
     text = pathlib.Path(flags.text).read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.strip()]

@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--folder", required=True, help="where to write; made, and emptied after")
+    parser.add_argument("--folder", required=True, help="where to write: made, and removed after")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocab_size", type=int, default=50304)
@@ -102,6 +102,8 @@ def main() -> None:
     flags = parser.parse_args()
     resident.check(parser)
     folder = pathlib.Path(flags.folder)
+    if folder.exists():
+        parser.error(f"--folder: '{folder}' is there already: name one to be made")
     folder.mkdir(parents=True)
     runtime.configure()
     config = validate(
