@@ -167,7 +167,7 @@ def importing() -> Iterator[None]:
     """
     collected, interrupted = gc.isenabled(), signal.getsignal(signal.SIGINT)
     if interrupted is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: _interrupted())
+        signal.signal(signal.SIGINT, _interrupted)
     gc.disable()
     try:
         yield
@@ -179,7 +179,7 @@ def importing() -> Iterator[None]:
             gc.enable()
 
 
-def _interrupted() -> NoReturn:
+def _interrupted(*_: object) -> NoReturn:  # as a handler of signals too
     sys.stdout.flush()
     print("\ninterrupted", file=sys.stderr, flush=True)
     # Not by way of XLA's own end, which crashes in the middle of a step.
